@@ -1,0 +1,58 @@
+"""The networks: plain modules, which know nothing of memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from umtrain.errors import ConfigError
+from umtrain.models import resnet, resunet35
+from umtrain.models.norm import NormLayer, norm_layer
+from umtrain.models.pretrained import load_pretrained
+
+
+@dataclass(frozen=True)
+class _Entry:
+    build: Callable[[int, int, NormLayer, str | None], nn.Module]
+    head: str
+
+
+def _resunet35(in_channels: int, n_outputs: int, norm: NormLayer, pool: str | None) -> nn.Module:
+    if pool is not None:
+        raise ConfigError(f"model.pool={pool}: resunet35 has no global pooling; leave it out")
+    return resunet35.ResUNet35(in_channels, n_outputs, norm)
+
+
+_REGISTRY = {
+    "resnet50": _Entry(resnet.resnet50, resnet.HEAD),
+    "resnet101": _Entry(resnet.resnet101, resnet.HEAD),
+    "resunet35": _Entry(_resunet35, resunet35.HEAD),
+}
+
+
+def create(
+    name: str,
+    *,
+    in_channels: int,
+    n_outputs: int,
+    norm: str = "batch",
+    pool: str | None = None,
+    pretrained: Path | None = None,
+) -> nn.Module:
+    """Return the model `name`, in float32, on the CPU, in training mode.
+
+    `resnet50` and `resnet101` give (N, n_outputs) logits; `resunet35` gives (N, n_outputs, H/2,
+    W/2) heatmaps. `norm` is "batch", "frozen" or "group" (see `umtrain.models.norm`), `pool` the
+    global pooling of a classifier, "max" or "avg" (None: the model's own), `pretrained` a file of
+    weights (see `umtrain.models.pretrained`).
+
+    Raises ConfigError for an unknown name or option, and for a file that does not fit.
+    """
+    if name not in _REGISTRY:
+        raise ConfigError(f"model={name} is unknown; choose one of {', '.join(_REGISTRY)}")
+    entry = _REGISTRY[name]
+    model = entry.build(in_channels, n_outputs, norm_layer(norm), pool)
+    if pretrained is not None:
+        load_pretrained(model, pretrained, entry.head)
+    return model

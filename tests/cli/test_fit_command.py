@@ -1,0 +1,176 @@
+"""`umtrain fit` and `umtrain eval` as a user runs them."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from umtrain.checkpoint import load_checkpoint
+
+SMALL = ("res=64", "epochs=2", "dataset.workers=0", "precision=fp32")
+
+
+@pytest.fixture(scope="module")
+def finished_run(slides, umtrain, tmp_path_factory):
+    """A whole run, and what it printed."""
+    folder = tmp_path_factory.mktemp("fit")
+    done = umtrain("fit", *SMALL, f"dataset.manifest={slides}", "run_dir=run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+def test_a_run_directory_holds_what_the_readme_names(finished_run):
+    run_dir, _ = finished_run
+    names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
+    assert names == {
+        "config.yaml",
+        "metrics.json",
+        "steps.csv",
+        "predictions.csv",
+        "checkpoints/best.pt",
+        "checkpoints/last.pt",
+        "report.html",
+        "training.png",
+        "roc_test.png",
+        "log.txt",
+    }
+
+
+def test_the_record_says_what_ran_and_what_came_of_it(finished_run):
+    run_dir, _ = finished_run
+    record = json.loads((run_dir / "metrics.json").read_text())
+    assert (record["status"], record["command"], record["memory"]) == ("ok", "fit", "vanilla")
+    assert (record["data"]["n_train"], record["data"]["n_val"], record["data"]["n_test"]) == (
+        4,
+        2,
+        2,
+    )
+    assert record["train"]["steps"] == 8
+    assert record["throughput"]["images_per_s"]["n"] == 8 - record["throughput"]["warmup_steps"]
+    assert record["throughput"]["images_per_s"]["mean"] > 0
+    assert record["memory_use"]["device_peak_bytes"] > 4 * 23_000_000  # ResNet-50's parameters
+    assert 0 <= record["test"]["auc"] <= 1
+    assert record["environment"]["versions"]["torch"]
+
+
+def test_steps_and_predictions_are_one_line_each(finished_run):
+    run_dir, _ = finished_run
+    with (run_dir / "steps.csv").open() as stream:
+        steps = list(csv.DictReader(stream))
+    assert [int(step["step"]) for step in steps] == list(range(1, 9))
+    with (run_dir / "predictions.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["id", "split", "label", "prob"]
+    assert sorted(row["split"] for row in rows) == ["test", "test", "val", "val"]
+    assert all(0 < float(row["prob"]) < 1 for row in rows)
+
+
+def test_eval_gives_the_figures_that_fit_ended_with(finished_run, umtrain):
+    run_dir, _ = finished_run
+    before = json.loads((run_dir / "metrics.json").read_text())
+    predictions = (run_dir / "predictions.csv").read_text().splitlines()
+    done = umtrain("eval", "run=run", cwd=run_dir.parent)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_dir / "metrics.json").read_text())["test"] == before["test"]
+    after = (run_dir / "predictions.csv").read_text().splitlines()
+    assert sorted(after) == sorted(predictions)
+    assert "report   run/report.html" in done.stdout
+
+
+def test_the_same_seed_gives_the_same_bits_whoever_reads_the_images(
+    finished_run, slides, umtrain, tmp_path
+):
+    run_dir, _ = finished_run
+    again = umtrain(
+        "fit",
+        *SMALL,
+        "dataset.workers=1",
+        f"dataset.manifest={slides}",
+        "run_dir=run",
+        cwd=tmp_path,
+    )
+    assert again.returncode == 0, again.stderr
+    first = load_checkpoint(run_dir / "checkpoints" / "last.pt")["model"]
+    second = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["model"]
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_a_run_directory_is_never_overwritten(finished_run, slides, umtrain):
+    run_dir, _ = finished_run
+    done = umtrain("fit", *SMALL, f"dataset.manifest={slides}", "run_dir=run", cwd=run_dir.parent)
+    assert done.returncode == 2
+    assert "run_dir=run is not empty; name a new folder" in done.stderr
+
+
+def test_radiographs_train_to_an_error_in_mm(radiographs, umtrain, tmp_path):
+    done = umtrain(
+        "fit",
+        "dataset=spine",
+        "res=128",
+        "epochs=1",
+        "batch_size=2",
+        f"dataset.manifest={radiographs}",
+        "run_dir=run",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert record["test"]["mae_mm"] >= 0
+    assert record["test"]["median_ae_mm"] >= 0
+    with (tmp_path / "run" / "predictions.csv").open() as stream:
+        row = next(csv.DictReader(stream))
+    assert {"c7_x_true", "s1_y_pred", "sva_true_mm", "sva_pred_mm", "mm_per_px"} <= set(row)
+
+
+def test_a_wrong_manifest_ends_before_anything_is_written(umtrain, tmp_path):
+    (tmp_path / "slides.csv").write_text("slide_id,patient_id,path,label\ns,p,x.tif,1\n")
+    done = umtrain("fit", "dataset.manifest=slides.csv", "run_dir=run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "split" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_is_an_outcome_with_its_own_exit_code(slides, umtrain, tmp_path):
+    done = umtrain(
+        "fit",
+        "res=256",
+        "epochs=1",
+        "precision=fp32",
+        "memory.device_budget=200MiB",
+        f"dataset.manifest={slides}",
+        "run_dir=run",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "device memory ran out under memory=vanilla" in done.stderr
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert record["status"] == "oom"
+    assert record["test"] is None
+    assert "ran out" in record["reasons"]["test"]
+
+
+def test_ctrl_c_ends_in_one_line_and_a_record(slides, tmp_path):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "umtrain", "fit", "res=64", "epochs=1000"),
+            *(f"dataset.manifest={slides}", "run_dir=run"),
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/1000: train"):
+            break
+    # As a terminal does: to the whole process group, readers included.
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip() == "umtrain: interrupted"
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"

@@ -1,0 +1,60 @@
+"""`umtrain sweep` as a user runs it."""
+
+import csv
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def swept(slides, umtrain, tmp_path_factory):
+    """A sweep in which one job runs out of memory, and the arguments that ran it."""
+    folder = tmp_path_factory.mktemp("sweep")
+    arguments = (
+        *("sweep", "res=64,1024", "epochs=1", "max_steps=2", "precision=fp32"),
+        *("dataset.workers=0", "memory.device_budget=600MiB", f"dataset.manifest={slides}"),
+    )
+    done = umtrain(*arguments, "run_dir=out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, arguments, done.stdout
+
+
+def test_a_job_that_does_not_fit_is_a_row_not_an_end(swept):
+    folder, _, printed = swept
+    with (folder / "out" / "summary.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["res"], row["status"]) for row in rows] == [("64", "ok"), ("1024", "oom")]
+    assert float(rows[0]["images_per_s_mean"]) > 0
+    assert rows[1]["images_per_s_mean"] == ""
+    assert "OOM" in printed
+    assert (folder / "out" / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_holds_the_jobs_own_records(swept):
+    folder, _, _ = swept
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    job = json.loads((folder / "out" / "res-64" / "metrics.json").read_text())
+    assert summary[0] == {**job, "axes": {"res": "64"}}
+
+
+def test_a_rerun_keeps_finished_jobs(swept, umtrain):
+    folder, arguments, _ = swept
+    record = folder / "out" / "res-64" / "metrics.json"
+    written = record.stat().st_mtime_ns
+    done = umtrain(*arguments, "run_dir=out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished before, kept") == 2
+    assert record.stat().st_mtime_ns == written
+
+
+def test_a_wrong_job_stops_the_sweep_before_the_first_one_starts(slides, umtrain, tmp_path):
+    done = umtrain("sweep", "res=64,32", f"dataset.manifest={slides}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "res=32: must be at least 64" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fit_with_several_values_names_sweep(umtrain, tmp_path):
+    done = umtrain("fit", "res=256,512", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "umtrain sweep res=256,512" in done.stderr

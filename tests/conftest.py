@@ -1,0 +1,41 @@
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory):
+    """The manifest of eight small slides, two of them for validation and two for test."""
+    from umtrain.data.synthetic.slides import make_slides
+
+    folder = tmp_path_factory.mktemp("slides") / "data"
+    folder.mkdir()
+    return make_slides(folder, 8, 256, 0, None, 1)
+
+
+@pytest.fixture(scope="session")
+def radiographs(tmp_path_factory):
+    """The manifest of six small radiographs."""
+    from umtrain.data.synthetic.radiographs import make_radiographs
+
+    folder = tmp_path_factory.mktemp("radiographs") / "data"
+    folder.mkdir()
+    return make_radiographs(folder, 6, 512, 0, None, 1)
+
+
+@pytest.fixture(scope="session")
+def umtrain():
+    """Run the command line in a process of its own; return the finished process."""
+
+    def run(*arguments, cwd, timeout_s=240, env=None):
+        return subprocess.run(
+            [sys.executable, "-m", "umtrain", *map(str, arguments)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=env,
+        )
+
+    return run

@@ -1,0 +1,112 @@
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umtrain.config import (
+    GROUPS,
+    config_from_dict,
+    config_to_dict,
+    group_options,
+    load_config,
+    quoted,
+    schema_keys,
+    sweep_axes,
+)
+from umtrain.errors import ConfigError
+
+# Options that need another key to make sense.
+_NEEDS = {"resunet35": ["dataset=spine"], "placement": ["memory.cpu_layers=[layer1]"]}
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(group, option) for group in GROUPS for option in group_options(group)],
+)
+def test_every_option_of_every_group_composes(group, option):
+    config = load_config([f"{group}={option}", *_NEEDS.get(option, [])])
+    assert getattr(config, group).name == option
+
+
+def test_a_dataset_brings_its_model_and_an_explicit_model_wins():
+    assert load_config(["dataset=spine"]).model.name == "resunet35"
+    assert load_config(["dataset=wsi"]).model.name == "resnet50"
+    assert load_config(["model=resnet101", "dataset=wsi"]).model.name == "resnet101"
+    with pytest.raises(ConfigError, match="model=resnet50 does not fit dataset=spine"):
+        load_config(["dataset=spine", "model=resnet50"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rez=512", ["unknown key 'rez'", "Did you mean res", "Possible:"]),
+        ("lr=0.1", ["unknown key 'lr'", "Did you mean optim.lr"]),
+        ("model=resnet52", ["unknown model 'resnet52'", "resnet50", "Possible: resnet101"]),
+        ("precision=fp16", ["unknown precision 'fp16'", "auto, fp32, bf16"]),
+        ("res=big", ["res=big: expected a whole number"]),
+        ("res=1.5", ["res=1.5: expected a whole number"]),
+        ("res=true", ["res=True: expected a whole number"]),
+        ("dataset.augment=7", ["dataset.augment=7: expected true or false"]),
+        ("res=63", ["res=63: must be at least 64"]),
+        ("batch_size=0", ["batch_size=0: must be at least 1"]),
+        ("optim.lr=0", ["optim.lr=0.0: must be more than 0"]),
+        ("optim.lr=nan", ["optim.lr=nan: must be more than 0"]),
+        ("max_steps=0", ["max_steps=0: must be at least 1"]),
+        ("memory.device_budget=plenty", ["memory.device_budget=plenty is not a size", "2GiB"]),
+        ("res=256,512", ["umtrain sweep res=256,512"]),
+        ("res", ["'res' is not an override", "key=value"]),
+        ("+res=3", ["cannot be added or removed"]),
+        ("~res", ["cannot be added or removed"]),
+        ("dataset.fit=pad", ["needs dataset.mpp"]),
+        ("dataset.manifest=nowhere.csv", ["dataset.manifest=nowhere.csv: no such file"]),
+        ("dataset.manifest=my (1).csv", ["quote a value with special characters"]),
+        ("model.norm=frozen", ["give model.pretrained=PATH"]),
+        ("optim.name=adamw", ["unknown key 'optim.name'"]),
+        ("_target_=os.system", ["unknown key '_target_'"]),
+        ("hydra.run.dir=x", ["unknown key 'hydra.run.dir'"]),
+    ],
+)
+def test_a_wrong_override_is_refused_with_what_to_do(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config([override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_radiograph_needs_a_resolution_that_the_network_can_halve():
+    with pytest.raises(ConfigError, match=r"res=1000: .* for example res=1024"):
+        load_config(["dataset=spine", "res=1000"])
+
+
+def test_a_config_survives_its_file():
+    config = load_config(["dataset=spine", "res=512", "optim=sgd", "memory.device_budget=2GiB"])
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_every_key_says_what_it_is():
+    assert all(item.metadata["help"] for item in schema_keys().values())
+
+
+def test_sweep_axes_keep_the_order_of_the_command_line():
+    axes, fixed = sweep_axes(["res=256,512", "epochs=2", "seed=0,1"])
+    assert list(itertools.product(*axes.values())) == [
+        ("256", "0"),
+        ("256", "1"),
+        ("512", "0"),
+        ("512", "1"),
+    ]
+    assert fixed == ["epochs=2"]
+
+
+def test_a_sweep_of_nothing_says_how_to_sweep():
+    with pytest.raises(ConfigError, match="nothing to sweep; give a key several values"):
+        sweep_axes(["res=256"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1))
+def test_a_quoted_path_comes_back_whatever_it_holds(text):
+    if "${" in text:
+        return  # an interpolation in OmegaConf's own language
+    assert load_config([f"run_dir={quoted(text)}"]).run_dir == text

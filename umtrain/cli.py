@@ -1,0 +1,140 @@
+"""The command line: finds the command, turns words into values, and errors into exit codes.
+
+Nothing heavy is imported before the command is known: help answers at once.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from umtrain import __version__, texts
+from umtrain.errors import ConfigError, UmtrainError
+
+if TYPE_CHECKING:
+    from umtrain.console import Console
+    from umtrain.data.manifest import Split
+
+_HELP = ("--help", "-h", "help")
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `umtrain` with `arguments` (default: the process's own); return the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in _HELP:
+        print(texts.overview())
+        return 0
+    if words[0] in ("--version", "-V"):
+        print(f"umtrain {__version__}")
+        return 0
+    try:
+        return _run(words[0], words[1:])
+    except UmtrainError as error:
+        print(f"umtrain: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("umtrain: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; there is no one to tell.
+        sys.stderr.close()
+        return 1
+
+
+def _run(command: str, words: list[str]) -> int:
+    if command not in texts.COMMANDS:
+        raise ConfigError(f"unknown command {command!r}; commands: {', '.join(texts.COMMANDS)}")
+    if any(word in _HELP for word in words):
+        print(texts.command_help(command))
+        return 0
+    return _COMMANDS[command](words)
+
+
+def _fit(words: list[str]) -> int:
+    from umtrain.config import load_config
+
+    config = load_config(words)
+    from umtrain.runner import fit
+
+    fit(config, _console())
+    return 0
+
+
+def _sweep(words: list[str]) -> int:
+    from umtrain.sweep import sweep
+
+    sweep(words, _console())
+    return 0
+
+
+def _eval(words: list[str]) -> int:
+    from umtrain.arguments import parse_arguments
+
+    keys = ("run", "split", "device", "precision", "dataset.manifest", "dataset.root")
+    given = parse_arguments(words, (*keys, "dataset.workers"))
+    split = cast("Split", given.choice("split", ("train", "val", "test"), "test"))
+    changes: dict[str, str | int] = {
+        key: given.values[key] for key in keys[2:] if key in given.values
+    }
+    if "dataset.workers" in given.values:
+        changes["dataset.workers"] = given.integer("dataset.workers", 0, 0)
+    run = given.values.get("run")
+    from umtrain.runner import evaluate
+
+    evaluate(Path(run).expanduser() if run else None, split, changes, _console())
+    return 0
+
+
+def _data(words: list[str]) -> int:
+    from umtrain import data_commands
+
+    actions = {
+        "make": data_commands.make,
+        "check": data_commands.check,
+        "import": data_commands.import_table,
+    }
+    if not words or words[0] not in actions:
+        got = f", not {words[0]!r}" if words else ""
+        raise ConfigError(f"umtrain data takes make, check or import{got}; see umtrain data --help")
+    return actions[words[0]](words[1:], _console())
+
+
+def _doctor(words: list[str]) -> int:
+    from umtrain.arguments import parse_arguments
+
+    spill_dir = parse_arguments(words, ("memory.spill_dir",)).values.get("memory.spill_dir")
+    from rich.table import Table
+
+    from umtrain.doctor import examine
+
+    table = Table("", "found", "what to do")
+    for finding in examine(Path(spill_dir) if spill_dir else None):
+        table.add_row(finding.subject, finding.found, finding.advice)
+    _console().show(table)
+    return 0
+
+
+def _completion(words: list[str]) -> int:
+    if words != ["bash"]:
+        raise ConfigError("umtrain completion knows one shell: umtrain completion bash")
+    print(texts.completion_script())
+    return 0
+
+
+def _console() -> "Console":
+    from umtrain.console import Console
+
+    console = Console()
+    console.relay_logging()
+    return console
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "fit": _fit,
+    "sweep": _sweep,
+    "eval": _eval,
+    "data": _data,
+    "doctor": _doctor,
+    "completion": _completion,
+}

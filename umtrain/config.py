@@ -1,0 +1,371 @@
+"""What can be configured, composed by Hydra and checked in one place before any work starts.
+
+The dataclasses are the schema: their metadata feeds `umtrain COMMAND --help`, tab completion and
+the messages about unknown keys. Hydra and OmegaConf are imported only when a config is composed.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from umtrain.errors import ConfigError
+from umtrain.units import parse_bytes
+
+CHOICES = {
+    "dataset.fit": ("resize", "pad", "crop"),
+    "model.norm": ("batch", "frozen", "group"),
+    "model.pool": ("avg", "max"),
+    "memory.grouping": ("blocks", "equal"),
+    "memory.policy": ("all", "conv"),
+    "optim.schedule": ("cosine", "plateau", "constant"),
+    "optim.class_weights": ("balanced", "none"),
+    "precision": ("auto", "fp32", "bf16"),
+    "device": ("auto", "cpu", "cuda"),
+}
+GROUPS = ("dataset", "model", "memory", "optim")
+_MODEL_TASKS = {"resnet50": "wsi", "resnet101": "wsi", "resunet35": "spine"}
+RES_MULTIPLE_PX = 64
+
+
+def _key(help_text: str, default: Any = dataclasses.MISSING) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Where the images come from and how the network sees them."""
+
+    name: str = _key("dataset kind")
+    manifest: str | None = _key("CSV of images; null: synthetic demo data, made once", None)
+    root: str | None = _key("folder that the manifest's paths start from; null: its own", None)
+    fit: str = _key("whole image, or at a given mpp padded or cropped to res", "resize")
+    mpp: float | None = _key("microns per pixel for fit=pad and fit=crop", None)
+    aspect: float = _key("network width / height", 1.0)
+    positive: str | None = _key("label that counts as positive; null: the last in order", None)
+    augment: bool = _key("random flips, turns, stain or intensity jitter in training", True)
+    workers: int = _key("processes that read ahead while a step trains", 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = _key("network")
+    norm: str = _key("normalisation layers", "batch")
+    pool: str | None = _key("global pooling of a classifier; null: max", None)
+    pretrained: str | None = _key("file of weights to start from", None)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The memory strategy and its budgets."""
+
+    name: str = _key("strategy")
+    device_budget: str | None = _key("device memory for training, e.g. 2GiB; null: all", None)
+    host_budget: str | None = _key("host memory for swapped data; null: what there is", None)
+    spill_dir: str | None = _key("folder of the spill file; null: the system's temporary one", None)
+    grouping: str = _key("groups by network blocks or by equal working set", "blocks")
+    group_bytes: str | None = _key("largest working set of a group; null: derived", None)
+    prefetch_depth: int = _key("groups asked for ahead of use in backward", 2)
+    policy: str = _key("which layers' inputs vdnn offloads", "all")
+    cpu_layers: tuple[str, ...] = _key("layers that placement puts on the CPU, [layer1]", ())
+    show_groups: bool = _key("print the groups and their working sets", False)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: str = _key("optimizer")
+    lr: float = _key("peak learning rate")
+    weight_decay: float = _key("weight decay", 0.0)
+    momentum: float = _key("momentum of SGD", 0.9)
+    schedule: str = _key("learning rate after warm-up", "cosine")
+    warmup_fraction: float = _key("share of all steps with a rising learning rate", 0.1)
+    accumulate: int = _key("batches whose gradients add up to one step", 1)
+    clip_norm: float | None = _key("largest gradient norm; null: no clipping", None)
+    class_weights: str = _key("weigh classes by their frequency in training", "balanced")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, complete."""
+
+    dataset: DatasetConfig
+    model: ModelConfig
+    memory: MemoryConfig
+    optim: OptimConfig
+    res: int = _key("rows of the square the network sees, in pixels", 1024)
+    batch_size: int = _key("images per batch", 1)
+    epochs: int = _key("passes over the training split", 10)
+    max_steps: int | None = _key("stop after this many steps; null: by epochs", None)
+    precision: str = _key("auto: bf16 where the processor has it, else fp32", "auto")
+    device: str = _key("auto: the GPU if there is one", "auto")
+    seed: int = _key("seed of weights, order and augmentation", 0)
+    run_dir: str | None = _key("folder of the run; null: a new one in runs/", None)
+    trace: bool = _key("write trace.json and timeline.png of one step", False)
+
+
+def conf_dir() -> Path:
+    """Return the folder of YAML groups: inside the installed package, or the checkout's conf/."""
+    installed = Path(__file__).parent / "conf"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def group_options(group: str) -> list[str]:
+    """Return the names that `group=` takes, from the YAML files that exist."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def schema_keys() -> dict[str, dataclasses.Field[Any]]:
+    """Return every configurable key in dotted form with its dataclass field."""
+    keys: dict[str, dataclasses.Field[Any]] = {}
+    hints = typing.get_type_hints(RunConfig)
+    for root in dataclasses.fields(RunConfig):
+        if root.name in GROUPS:
+            for leaf in dataclasses.fields(hints[root.name]):
+                if leaf.name != "name":
+                    keys[f"{root.name}.{leaf.name}"] = leaf
+        else:
+            keys[root.name] = root
+    return keys
+
+
+def load_config(overrides: list[str]) -> RunConfig:
+    """Compose `key=value` overrides over conf/ into a checked RunConfig.
+
+    Raises ConfigError for unknown keys or options, wrong types, values or combinations.
+    """
+    _check_overrides(overrides)
+    # Keys are checked above; "++" sets them whether or not a YAML file spells out their default.
+    composable = [text if text.split("=")[0] in GROUPS else f"++{text}" for text in overrides]
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = compose("config", overrides=composable)
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from error
+    config = config_from_dict(typing.cast(dict[str, Any], values))
+    _check_files(config)
+    return config
+
+
+def sweep_axes(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Split overrides into the swept ones, key to values in order, and the fixed ones.
+
+    Raises ConfigError if nothing is swept or an override does not parse.
+    """
+    axes: dict[str, list[str]] = {}
+    fixed = []
+    for text in overrides:
+        override = _parse_override(text)
+        if override.is_sweep_override():
+            axes[override.key_or_group] = list(override.sweep_string_iterator())
+        else:
+            fixed.append(text)
+    if not axes:
+        raise ConfigError("nothing to sweep; give a key several values, e.g. res=256,512,768,1024")
+    return axes, fixed
+
+
+def quoted(text: str) -> str:
+    """Return `text` as an override's value that Hydra reads back unchanged, whatever it holds."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"'{escaped}'"
+
+
+def config_from_dict(values: dict[str, Any]) -> RunConfig:
+    """Turn plain values (a composed config or a run's config.yaml) into a checked RunConfig."""
+    config: RunConfig = _build(RunConfig, values, "")
+    check_config(config)
+    return config
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return `config` as plain values, as config.yaml holds it."""
+    values = dataclasses.asdict(config)
+    values["memory"]["cpu_layers"] = list(config.memory.cpu_layers)
+    return values
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise ConfigError for any value or combination that could not run, before data is touched."""
+    _check_choices(config)
+    _check_numbers(config)
+    _check_combinations(config)
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    known = list(schema_keys())
+    for text in overrides:
+        override = _parse_override(text)
+        key = override.key_or_group
+        if key not in known and key not in GROUPS:
+            raise ConfigError(_unknown("key", key, [*GROUPS, *known]))
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{text}: one run takes one value; for several use `umtrain sweep {text}`"
+            )
+        if key in GROUPS and str(override.value()) not in group_options(key):
+            raise ConfigError(_unknown(f"{key}", str(override.value()), group_options(key)))
+
+
+def _parse_override(text: str) -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if text.startswith(("~", "+")):
+        raise ConfigError(f"{text}: keys cannot be added or removed; write key=value")
+    key, equals, value = text.partition("=")
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        if equals and value:
+            hint = f"quote a value with special characters: {key}={quoted(value)!r}"
+        else:
+            hint = "write key=value, for example res=1024"
+        raise ConfigError(f"{text!r} is not an override; {hint}") from error
+
+
+def _unknown(what: str, got: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(got, options, n=3, cutoff=0.5)
+    if not near:
+        near = [option for option in options if option.split(".")[-1] == got]
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    kind = "unknown key" if what == "key" else f"unknown {what}"
+    return f"{kind} {got!r}.{hint}\nPossible: {', '.join(options)}"
+
+
+def _build(schema: type[Any], values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(schema)
+    names = [item.name for item in dataclasses.fields(schema)]
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        raise ConfigError(_unknown("key", prefix + unknown[0], [prefix + name for name in names]))
+    missing = [
+        item.name
+        for item in dataclasses.fields(schema)
+        if item.default is dataclasses.MISSING and item.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"missing key {prefix}{missing[0]}")
+    built = {
+        name: _build(hints[name], value, f"{prefix}{name}.")
+        if dataclasses.is_dataclass(hints[name])
+        else _convert(prefix + name, value, hints[name])
+        for name, value in values.items()
+    }
+    return schema(**built)
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ConfigError(f"{key}={value}: expected a list of names, e.g. {key}=[a,b]")
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    target = next(option for option in options if option is not type(None))
+    if target is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if target is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is target:
+        return value
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise ConfigError(f"{key}={value}: expected {expected[target]}")
+
+
+def _check_choices(config: RunConfig) -> None:
+    for key, options in CHOICES.items():
+        value = _value(config, key)
+        if value is not None and value not in options:
+            raise ConfigError(_unknown(key, str(value), list(options)))
+    for group in GROUPS:
+        name = _value(config, f"{group}.name")
+        if name not in group_options(group):
+            raise ConfigError(_unknown(group, name, group_options(group)))
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_numbers(config: RunConfig) -> None:
+    at_least = {
+        "res": 64,
+        "batch_size": 1,
+        "epochs": 1,
+        "seed": 0,
+        "dataset.workers": 0,
+        "memory.prefetch_depth": 0,
+        "optim.accumulate": 1,
+        "optim.weight_decay": 0,
+    }
+    if config.max_steps is not None:
+        at_least["max_steps"] = 1
+    for key, least in at_least.items():
+        if _value(config, key) < least:
+            raise ConfigError(f"{key}={_value(config, key)}: must be at least {least}")
+    positive = ["optim.lr", "dataset.aspect", "dataset.mpp", "optim.clip_norm"]
+    for key in positive:
+        value = _value(config, key)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{key}={value}: must be more than 0")
+    if not 0 <= config.optim.warmup_fraction < 1:
+        raise ConfigError("optim.warmup_fraction: must be at least 0 and below 1")
+    for key in ("memory.device_budget", "memory.host_budget", "memory.group_bytes"):
+        if _value(config, key) is not None:
+            parse_bytes(_value(config, key), key)
+
+
+def _check_combinations(config: RunConfig) -> None:
+    dataset, model = config.dataset, config.model
+    if _MODEL_TASKS[model.name] != dataset.name:
+        fitting = [name for name, task in _MODEL_TASKS.items() if task == dataset.name]
+        raise ConfigError(
+            f"model={model.name} does not fit dataset={dataset.name}; use model={'|'.join(fitting)}"
+        )
+    if dataset.name == "wsi" and dataset.fit != "resize" and dataset.mpp is None:
+        raise ConfigError(
+            f"dataset.fit={dataset.fit} needs dataset.mpp (microns per pixel), e.g. dataset.mpp=1.0"
+        )
+    if dataset.name == "wsi" and dataset.aspect != 1:
+        raise ConfigError("dataset.aspect: slides are read as squares; leave it at 1")
+    if dataset.name == "spine" and config.res % RES_MULTIPLE_PX:
+        near = max(64, round(config.res / RES_MULTIPLE_PX) * RES_MULTIPLE_PX)
+        raise ConfigError(
+            f"res={config.res}: {model.name} halves the image six times; use a multiple of "
+            f"{RES_MULTIPLE_PX}, for example res={near}"
+        )
+    if model.pool is not None and dataset.name == "spine":
+        raise ConfigError(f"model.pool={model.pool}: {model.name} has no global pooling")
+    if model.norm == "frozen" and model.pretrained is None:
+        raise ConfigError(
+            "model.norm=frozen keeps the statistics of pretrained weights; give "
+            "model.pretrained=PATH, or use model.norm=batch or group"
+        )
+
+
+def _check_files(config: RunConfig) -> None:
+    for key in ("dataset.manifest", "model.pretrained"):
+        path = _value(config, key)
+        if path is not None and not Path(path).expanduser().is_file():
+            raise ConfigError(f"{key}={path}: no such file")

@@ -1,0 +1,316 @@
+"""Radiographs from DICOM files: 16-bit pixels with bone bright, and millimetres per pixel.
+
+Only the attributes listed in `_ATTRIBUTES` are ever read, so nothing that identifies a patient
+can reach a message, a log or a report from here.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydicom import Dataset, dcmread
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing, get_decoder, pixel_array
+from pydicom.uid import UID
+
+from umtrain.data import radiograph_jpeg
+from umtrain.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+
+_ATTRIBUTES = [
+    *("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData"),
+    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "SpecificCharacterSet"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
+    *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+    *("PixelSpacing", "ImagerPixelSpacing", "EstimatedRadiographicMagnificationFactor"),
+]
+
+# Without a window or LUT in the file, the grey scale spans these percentiles of the image: wide
+# enough to keep bone, tight enough that a few hot pixels or a lead marker do not flatten it.
+_UNWINDOWED_PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class RadiographImage:
+    """A radiograph as a display would show it, bone bright.
+
+    pixels: (rows, columns) uint16, the grey scale of the file stretched to 0..65535.
+    spacing_mm: (row, column) spacing on the patient, or None if the file does not state it.
+    spacing_source: the attribute that the spacing is from, or why there is none.
+    notes: what the file's decoder had to assume; also logged. Usually empty.
+    """
+
+    pixels: np.ndarray
+    spacing_mm: tuple[float, float] | None
+    spacing_source: str
+    notes: tuple[str, ...] = ()
+
+
+def read_radiograph(path: Path) -> RadiographImage:
+    """Read one single-frame, single-channel DICOM image.
+
+    Grey values go through the modality LUT (or rescale), then the first VOI LUT or window of the
+    file, then are inverted if MONOCHROME1 (DICOM PS3.3 C.7.6.3, C.11.1, C.11.2). The output range
+    of the VOI step is mapped linearly to 0..65535; a file without one is stretched between the
+    0.5th and 99.5th percentile of its pixels. Pixel padding becomes 0.
+
+    Raises DataError, naming the file, if it is missing, damaged, not DICOM, in a transfer syntax
+    without a codec, blank, in colour or of several frames.
+    """
+    notes: list[str] = []
+    with _noting_warnings(notes):
+        header = _read_header(path)
+        _check_header(header, path)
+        stored = _decode(header, path)
+        pixels = _to_display(stored, header, path)
+    for note in notes:
+        _LOG.warning("%s: %s", path, note)
+    spacing_mm, source = _spacing_in_file(header)
+    return RadiographImage(pixels, spacing_mm, source, tuple(notes))
+
+
+def pixel_spacing_mm(
+    image: RadiographImage, manifest_mm_per_px: float | None, path: Path
+) -> tuple[float, float]:
+    """Return the (row, column) spacing on the patient in mm: the file's, else the manifest's.
+
+    Raises DataError, naming `path`, if neither states it.
+    """
+    if image.spacing_mm is not None:
+        return image.spacing_mm
+    if manifest_mm_per_px is None:
+        raise DataError(
+            f"{path}: no pixel spacing: {image.spacing_source}; expected PixelSpacing, or "
+            "ImagerPixelSpacing with EstimatedRadiographicMagnificationFactor. "
+            "Put the millimetres per pixel in the manifest's column mm_per_px."
+        )
+    if not (math.isfinite(manifest_mm_per_px) and manifest_mm_per_px > 0):
+        raise DataError(
+            f"{path}: the manifest's mm_per_px is {manifest_mm_per_px}; expected a number above 0"
+        )
+    return (manifest_mm_per_px, manifest_mm_per_px)
+
+
+def column_spacing_mm(
+    image: RadiographImage, manifest_mm_per_px: float | None, path: Path
+) -> float:
+    """Return the horizontal spacing in mm per pixel, which SVA is measured with.
+
+    Raises DataError as `pixel_spacing_mm` does.
+    """
+    return pixel_spacing_mm(image, manifest_mm_per_px, path)[1]
+
+
+@contextmanager
+def _noting_warnings(notes: list[str]) -> Iterator[None]:
+    """Collect pydicom's warnings in `notes` instead of showing them as Python warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    notes.extend(dict.fromkeys(str(warning.message) for warning in caught))
+
+
+def _read_header(path: Path) -> Dataset:
+    try:
+        return dcmread(path, specific_tags=_ATTRIBUTES)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; correct the manifest's path or root") from None
+    except InvalidDicomError:
+        raise DataError(
+            f"{path}: not a DICOM file (no 'DICM' after 128 bytes); expected DICOM Part 10"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened: {error.strerror}; check its rights") from error
+    except Exception as error:  # a damaged header fails in whichever parser meets it first
+        raise _damaged(path, "its header cannot be parsed", error) from error
+
+
+def _damaged(path: Path, reason: str, error: Exception | None = None) -> DataError:
+    kind = f" ({type(error).__name__})" if error else ""
+    return DataError(f"{path}: damaged or truncated: {reason}{kind}; fetch the file again")
+
+
+def _check_header(header: Dataset, path: Path) -> None:
+    """Refuse what is not one frame of grey pixels."""
+    if "TransferSyntaxUID" not in header.file_meta:
+        raise _damaged(path, "its file meta information has no TransferSyntaxUID")
+    if "PixelData" not in header:
+        raise DataError(
+            f"{path}: has no PixelData: it is a truncated file or no image (a report, a "
+            "presentation state, float pixels); remove its row or fetch the file again"
+        )
+    required = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
+    missing = [keyword for keyword in required if header.get(keyword) is None]
+    if missing:
+        raise _damaged(path, f"its header has no {', '.join(missing)}")
+    n_frames = int(header.get("NumberOfFrames") or 1)
+    if n_frames != 1:
+        raise DataError(
+            f"{path}: has {n_frames} frames, expected 1; export the frame you want as its own file"
+        )
+    photometric = header.get("PhotometricInterpretation")
+    n_samples = header.get("SamplesPerPixel", 1)
+    if n_samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise DataError(
+            f"{path}: is a colour image ({photometric}, {n_samples} samples per pixel); expected "
+            "MONOCHROME1 or MONOCHROME2: use the original, not a screenshot or secondary capture"
+        )
+    if header.BitsAllocated not in (8, 16):
+        raise DataError(
+            f"{path}: has {header.BitsAllocated} bits per pixel, expected 8 or 16; "
+            "export it as 16 bit"
+        )
+
+
+def _decode(header: Dataset, path: Path) -> np.ndarray:
+    """Return the stored values, (rows, columns), in the file's 8- or 16-bit type."""
+    _check_codec(UID(header.file_meta.TransferSyntaxUID), path)
+    try:
+        stored: np.ndarray = pixel_array(header)
+    except Exception as error:  # every codec behind pydicom raises errors of its own
+        raise _damaged(path, "its pixels cannot be decoded", error) from error
+    if stored.shape != (header.Rows, header.Columns) or stored.dtype.itemsize > 2:
+        raise _damaged(path, f"its pixels decode to {stored.dtype} {stored.shape}")
+    return stored
+
+
+def _check_codec(syntax: UID, path: Path) -> None:
+    radiograph_jpeg.register()
+    convert = "or convert it to Explicit VR Little Endian"
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise DataError(
+            f"{path}: its transfer syntax {syntax.name} ({syntax}) is not one of still images "
+            f"that pydicom reads; {convert.removeprefix('or ')}"
+        ) from None
+    if not decoder.is_available:
+        options = "; or ".join(decoder.missing_dependencies)
+        raise DataError(
+            f"{path}: no codec for its transfer syntax {syntax.name} ({syntax}). "
+            f"Install one of: {options}; {convert}"
+        )
+
+
+def _to_display(stored: np.ndarray, header: Dataset, path: Path) -> np.ndarray:
+    """Return `stored` as uint16 grey values 0..65535, bone bright.
+
+    All steps act on a pixel by its value alone, so they run once for every value that the type
+    can hold, and the image is one table look-up: exact, and no float copy of the image is made.
+    """
+    codes = stored.view(f"u{stored.dtype.itemsize}")
+    n_codes = 2 ** (8 * stored.dtype.itemsize)
+    values = np.arange(n_codes, dtype=codes.dtype).view(stored.dtype)
+    padding = _is_padding(values, header)
+    counts = np.bincount(codes.ravel(), minlength=n_codes)
+    counts[padding] = 0
+    if np.count_nonzero(counts) < 2:
+        raise DataError(f"{path}: blank: all its pixels have one value; fetch or expose it again")
+    try:
+        grey = _grey_scale(values, counts, header)
+    except Exception as error:  # malformed LUTs and windows fail in many ways inside pydicom
+        raise DataError(
+            f"{path}: its modality LUT, VOI LUT or window cannot be applied "
+            f"({type(error).__name__}); correct or remove these attributes"
+        ) from error
+    if header.PhotometricInterpretation == "MONOCHROME1":
+        grey = 1.0 - grey
+    table = np.rint(grey * 65535).astype(np.uint16)
+    table[padding] = 0
+    if np.ptp(table[counts > 0]) == 0:
+        raise DataError(
+            f"{path}: its window or VOI LUT turns every pixel into one grey value; "
+            "correct or remove WindowCenter and WindowWidth"
+        )
+    pixels: np.ndarray = table[codes]
+    return pixels
+
+
+def _is_padding(values: np.ndarray, header: Dataset) -> np.ndarray:
+    """Return which stored values mark pixels outside the image (DICOM PS3.3 C.7.5.1.1.2)."""
+    first = header.get("PixelPaddingValue")
+    if first is None:
+        return np.zeros(values.shape, bool)
+    last = header.get("PixelPaddingRangeLimit")
+    low, high = sorted((first, first if last is None else last))
+    return np.asarray((values >= low) & (values <= high))
+
+
+def _grey_scale(values: np.ndarray, counts: np.ndarray, header: Dataset) -> np.ndarray:
+    """Return the grey value 0..1 of every stored value, before MONOCHROME1 is inverted."""
+    modality = np.asarray(apply_modality_lut(values, header))
+    if header.get("VOILUTSequence"):
+        return _voi_lut_grey(modality, header)
+    if header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
+        grey = np.asarray(apply_windowing(modality, header))
+        with np.errstate(over="ignore"):
+            # Far outside the window lie the two ends of the output range. With a negative
+            # rescale slope the first is the larger one, and still the dark one.
+            dark, bright = apply_windowing(np.array([-1e9, 1e9]), header)
+    else:
+        grey = modality.astype(float)
+        dark, bright = _percentiles(grey, counts)
+    return np.asarray(np.clip((grey - dark) / (bright - dark), 0.0, 1.0))
+
+
+def _voi_lut_grey(modality: np.ndarray, header: Dataset) -> np.ndarray:
+    lut = header.VOILUTSequence[0]
+    n_entries, first, n_bits = lut.LUTDescriptor
+    # pydicom indexes with the type of the LUT's output, too narrow for a long table of 8 bits.
+    lut.LUTDescriptor = [n_entries, first, 16]
+    grey = np.asarray(apply_voi(np.rint(modality).astype(np.int64), header))
+    return np.asarray(np.clip(grey / (2**n_bits - 1), 0.0, 1.0))
+
+
+def _percentiles(grey: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Return the low and high percentile of an image given as `counts` of its grey values."""
+    order = np.argsort(grey, kind="stable")
+    order = order[counts[order] > 0]
+    cumulative = np.cumsum(counts[order]) / counts.sum()
+    low, high = (grey[order[np.searchsorted(cumulative, p / 100)]] for p in _UNWINDOWED_PERCENTILES)
+    if low == high:  # nearly all pixels share one value: the few others are the image
+        low, high = grey[order[0]], grey[order[-1]]
+    return float(low), float(high)
+
+
+def _spacing_in_file(header: Dataset) -> tuple[tuple[float, float] | None, str]:
+    """Return the (row, column) spacing on the patient and its source, or None and why.
+
+    ImagerPixelSpacing is measured on the detector: the magnification takes it to the patient.
+    """
+    spacing = _positive_pair(header, "PixelSpacing")
+    if spacing is not None:
+        return spacing, "PixelSpacing"
+    detector = _positive_pair(header, "ImagerPixelSpacing")
+    if detector is None:
+        return None, "the file has neither a positive PixelSpacing nor ImagerPixelSpacing"
+    magnification = _positive(header, "EstimatedRadiographicMagnificationFactor")
+    if magnification is None:
+        return None, "the file has ImagerPixelSpacing, at the detector, without its magnification"
+    source = "ImagerPixelSpacing / EstimatedRadiographicMagnificationFactor"
+    return (detector[0] / magnification, detector[1] / magnification), source
+
+
+def _positive_pair(header: Dataset, keyword: str) -> tuple[float, float] | None:
+    try:
+        row, column = (float(value) for value in header.get(keyword) or ())
+    except (TypeError, ValueError):
+        return None
+    valid = math.isfinite(row) and math.isfinite(column) and row > 0 and column > 0
+    return (row, column) if valid else None
+
+
+def _positive(header: Dataset, keyword: str) -> float | None:
+    try:
+        value = float(header.get(keyword, "nan"))
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None

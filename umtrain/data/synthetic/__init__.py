@@ -1,0 +1,1 @@
+"""Synthetic slides and radiographs, written as the real files a scanner would write."""

@@ -1,0 +1,55 @@
+"""What this machine can compute with: resolves device=auto and precision=auto."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+from umtrain.errors import DeviceError
+
+
+def resolve_device(choice: str) -> torch.device:
+    """Return the device that `choice` (auto, cpu, cuda) stands for here.
+
+    Raises DeviceError if a GPU is asked for and none can be used.
+    """
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "device=cuda: torch finds no usable GPU; use device=cpu, or see `umtrain doctor`"
+        )
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(choice)
+
+
+def resolve_precision(choice: str, device: torch.device) -> str:
+    """Return fp32 or bf16; auto takes bf16 where the processor computes in it natively."""
+    if choice != "auto":
+        return choice
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Tell whether this CPU has bf16 dot products (AVX512-BF16 or AMX), by its own flags."""
+    flags = _cpu_info("flags").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(field: str) -> str:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return ""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""

@@ -1,0 +1,45 @@
+"""What glibc's allocator does with large buffers that are freed: keep them, or hand them back.
+
+By default it does something in between: buffers above a threshold that grows up to 32 MiB are
+mapped afresh, zeroed and faulted in, each time. Neither extreme is right for all:
+
+- `recycle`: freed buffers stay in the heap and are used again. No page faults, fastest where
+  memory is plenty; but large and small buffers share one heap, which fragments.
+- `give_back`: every buffer above 1 MiB is a mapping of its own, gone when freed. Device memory
+  in use is what is alive, nothing more; the price is a page fault per page per use.
+
+`scripts/bench_memory.py --allocator` measures both on your machine.
+"""
+
+from enum import Enum
+
+from umtrain.memory.linux import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, mallopt
+
+
+class FreedBuffers(Enum):
+    """(M_MMAP_THRESHOLD, M_TRIM_THRESHOLD) in bytes; -1 never trims."""
+
+    GLIBC = (32 * 2**20, 64 * 2**20)
+    RECYCLE = (2**30, -1)
+    GIVE_BACK = (2**20, 2**20)
+
+
+_current = FreedBuffers.GLIBC
+
+
+def set_freed_buffers(choice: FreedBuffers) -> FreedBuffers:
+    """Choose for the whole process what happens to freed buffers; returns the choice before.
+
+    Where the C library is not glibc, nothing changes.
+    """
+    global _current
+    before = _current
+    mmap_bytes, trim_bytes = choice.value
+    if mallopt(M_MMAP_THRESHOLD, mmap_bytes) and mallopt(M_TRIM_THRESHOLD, trim_bytes):
+        _current = choice
+    return before
+
+
+def recycle_large_buffers() -> None:
+    """Keep freed buffers of up to 1 GiB in the heap; for the start of a process."""
+    set_freed_buffers(FreedBuffers.RECYCLE)

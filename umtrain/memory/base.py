@@ -1,0 +1,91 @@
+"""What every memory strategy is: one lifecycle, with the budget and the figures around it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+from torch import nn
+
+from umtrain.errors import OutOfMemoryError
+from umtrain.memory.advice import strategies_needing_less
+from umtrain.memory.budget import DeviceBudget, NoBudget, enforce_budget, is_out_of_memory
+from umtrain.memory.meters import create_meter
+from umtrain.memory.options import Options
+from umtrain.memory.stats import MemoryStats
+from umtrain.memory.trace import Trace
+from umtrain.units import format_bytes
+
+
+class Strategy(ABC):
+    """One way to hold a training step in memory.
+
+    Lifecycle: `prepare` once, `step` around each forward and backward, `stats` at any time,
+    `close` at the end. Losses, gradients and running statistics are those of ordinary training.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, options: Options) -> None:
+        """Check that this machine can do it; raises DeviceError or ConfigError if not."""
+        self.options = options
+        self._meter = create_meter(options.device)
+        self.trace = Trace()
+        self._budget: DeviceBudget = NoBudget()
+        self._cleanup = ExitStack()
+
+    def prepare(self, model: nn.Module, sample_batch: Any) -> nn.Module:
+        """Attach to `model` and enforce the budget; returns the module to train with.
+
+        `sample_batch` is the model's input, or the tuple of its inputs, as in training; only its
+        shapes, dtypes and strides count. Call it under the autocast that training runs in.
+        Raises DeviceError where the host tier has not the room.
+        """
+        prepared = self._attach(model, sample_batch)
+        self._meter.mark_base(model)
+        self._budget = enforce_budget(self.options.device, self.options.device_budget_bytes, model)
+        self._cleanup.callback(self._budget.lift)
+        return prepared
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """Run one forward and backward pass inside it.
+
+        Raises OutOfMemoryError if device or host memory runs out; the model stays usable.
+        """
+        self._meter.start_step()
+        self.trace.start_step()
+        try:
+            with self._around_step():
+                yield
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(self._out_of_memory_text()) from error
+            raise
+        self._meter.end_step()
+
+    def stats(self) -> MemoryStats:
+        """Return the figures of the last whole step."""
+        return self._meter.stats()
+
+    def close(self) -> None:
+        """Give back memory, threads and the enforced budget; the model is as it was before."""
+        self._cleanup.close()
+
+    @abstractmethod
+    def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
+        """Set up what the steps need; what has to be undone goes on `self._cleanup`."""
+
+    def _around_step(self) -> AbstractContextManager[None]:
+        """Return what surrounds forward and backward."""
+        return nullcontext()
+
+    def _out_of_memory_text(self) -> str:
+        budget_bytes = self.options.device_budget_bytes
+        limit = "all there is" if budget_bytes is None else format_bytes(budget_bytes)
+        others = strategies_needing_less(self.name)
+        remedy = f"memory={'|'.join(others)} needs less of it; or" if others else ""
+        return (
+            f"device memory ran out under memory={self.name} "
+            f"(memory.device_budget: {limit}); {remedy} lower res or batch_size"
+        )

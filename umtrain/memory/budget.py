@@ -1,0 +1,107 @@
+"""The device budget, enforced from outside our code: by the kernel, or by the CUDA allocator."""
+
+import resource
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
+from umtrain.memory.linux import data_bytes, require_linux
+from umtrain.memory.tensors import model_bytes
+
+_OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",  # torch's CPU allocator
+    "not enough memory",  # the same, on other systems
+    "out of memory",  # CUDA, cuDNN
+    "bad_alloc",  # C++ below torch
+    "could not create a memory object",  # oneDNN
+    "could not create a primitive",  # oneDNN, whose scratchpad is malloc'ed
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` is how torch, or what is below it, says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
+class DeviceBudget(ABC):
+    """A limit on device memory, model included, that holds until it is lifted."""
+
+    @abstractmethod
+    def left_bytes(self) -> int | None:
+        """Return what the heap has left of it, 0 if nothing; None if there is no limit."""
+
+    @abstractmethod
+    def lift(self) -> None:
+        """Restore the limit that there was before."""
+
+
+class NoBudget(DeviceBudget):
+    """All the memory there is."""
+
+    def left_bytes(self) -> int | None:
+        """See `DeviceBudget`."""
+        return None
+
+    def lift(self) -> None:
+        """See `DeviceBudget`."""
+
+
+class HeapBudget(DeviceBudget):
+    """A budget on the CPU, enforced by the kernel.
+
+    # Note: [The heap's limit]
+    # RLIMIT_DATA caps private writable memory (VmData) without root; malloc then fails and torch
+    # raises. Shared file mappings are exempt: they are the host tier. What the process held
+    # before, stacks and libraries included, is not the budget's business; the model is.
+    # A fragmented heap would count as used, so freed buffers go back to the kernel meanwhile.
+    """
+
+    def __init__(self, budget_bytes: int, model: nn.Module) -> None:
+        require_linux("memory.device_budget on the CPU")
+        _start_thread_pools()
+        self._buffers_before = set_freed_buffers(FreedBuffers.GIVE_BACK)
+        self._before = resource.getrlimit(resource.RLIMIT_DATA)
+        self._limit_bytes = data_bytes() - model_bytes(model) + budget_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (self._limit_bytes, self._before[1]))
+
+    def left_bytes(self) -> int | None:
+        """See `DeviceBudget`."""
+        return max(0, self._limit_bytes - data_bytes())
+
+    def lift(self) -> None:
+        """See `DeviceBudget`."""
+        resource.setrlimit(resource.RLIMIT_DATA, self._before)
+        set_freed_buffers(self._buffers_before)
+
+
+def _start_thread_pools() -> None:
+    """Run one parallel op, so that the stacks of its threads are there before the limit is."""
+    torch.ones(1 << 20).add_(1)
+
+
+class CudaBudget(DeviceBudget):
+    """A budget on the GPU, enforced by torch's caching allocator."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget_bytes = budget_bytes
+        total_bytes = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total_bytes))
+
+    def left_bytes(self) -> int | None:
+        """See `DeviceBudget`."""
+        return max(0, self._budget_bytes - torch.cuda.memory_reserved())
+
+    def lift(self) -> None:
+        """See `DeviceBudget`."""
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def enforce_budget(device: str, budget_bytes: int | None, model: nn.Module) -> DeviceBudget:
+    """Limit device memory to `budget_bytes` from now on."""
+    if budget_bytes is None:
+        return NoBudget()
+    return CudaBudget(budget_bytes) if device == "cuda" else HeapBudget(budget_bytes, model)

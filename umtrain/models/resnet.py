@@ -1,0 +1,63 @@
+"""ResNet-50 and ResNet-101 for whole-image classification, from torchvision."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from umtrain.errors import ConfigError
+from umtrain.models.norm import NormLayer
+
+HEAD = "fc"
+
+_POOLS: dict[str, type[nn.Module]] = {"max": nn.AdaptiveMaxPool2d, "avg": nn.AdaptiveAvgPool2d}
+_DEFAULT_POOL = "max"
+
+
+def resnet50(
+    in_channels: int, n_outputs: int, norm: NormLayer, pool: str | None = None
+) -> nn.Module:
+    """Return a ResNet-50: (N, in_channels, H, W) floats to (N, n_outputs) logits.
+
+    `pool` is "max" (used if None) or "avg": what reduces the last feature map, 1/32 of the image's
+    side, to one vector. A finding of a few cells fills a few of its positions. The maximum keeps
+    them as they are, whatever the size of the slide; the average divides them by the number of
+    positions. Whole-slide networks with either pooling in this place are described in Chen et al.,
+    "An annotation-free whole-slide training approach to pathological classification of lung cancer
+    types using deep learning", Nat Commun 2021; 12:1193.
+
+    Modules have torchvision's names, so its weights load. The last normalisation of each residual
+    branch starts at zero (Goyal et al., arXiv:1706.02677).
+    He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+
+    Raises ConfigError for an unknown `pool`.
+    """
+    return _resnet((3, 4, 6, 3), in_channels, n_outputs, norm, pool)
+
+
+def resnet101(
+    in_channels: int, n_outputs: int, norm: NormLayer, pool: str | None = None
+) -> nn.Module:
+    """Return a ResNet-101; all else is as in `resnet50`."""
+    return _resnet((3, 4, 23, 3), in_channels, n_outputs, norm, pool)
+
+
+def _resnet(
+    n_blocks: Sequence[int], in_channels: int, n_outputs: int, norm: NormLayer, pool: str | None
+) -> nn.Module:
+    pool = _DEFAULT_POOL if pool is None else pool
+    if pool not in _POOLS:
+        raise ConfigError(f"model.pool={pool} is unknown; choose one of {', '.join(_POOLS)}")
+    model: nn.Module = ResNet(
+        Bottleneck,
+        list(n_blocks),
+        num_classes=n_outputs,
+        zero_init_residual=True,
+        norm_layer=norm,
+    )
+    if in_channels != 3:
+        model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    # torchvision's forward calls the pooling by this name, whichever it is.
+    model.avgpool = _POOLS[pool](1)
+    return model

@@ -1,0 +1,124 @@
+"""Records as tables: one run, or a sweep with resolutions down and strategies across."""
+
+from typing import Any
+
+from rich.table import Table
+
+from umtrain.report.record import Record, figure
+from umtrain.units import format_bytes
+
+
+def mean_std(summary: dict[str, Any] | None, digits: int = 2) -> str:
+    """Return "mean ± std" of a summary, "-" if there is none."""
+    if not summary or summary.get("mean") is None:
+        return "-"
+    text = f"{summary['mean']:.{digits}f}"
+    return text if summary.get("std") is None else f"{text} ± {summary['std']:.{digits}f}"
+
+
+def quality(record: Record, split: str = "test") -> str:
+    """Return the split's headline: AUC with its interval, or SVA error in mm."""
+    section = record.get(split)
+    if not section:
+        return "-"
+    if section.get("auc") is not None:
+        low, high = section["auc_ci"]
+        return f"{section['auc']:.3f} ({low:.3f}-{high:.3f})"
+    if section.get("mae_mm") is not None:
+        return f"{section['mae_mm']:.2f}"
+    return "-"
+
+
+def quality_name(dataset: str) -> str:
+    """Return the words over the headline column of `dataset`."""
+    return "AUC (95% CI)" if dataset == "wsi" else "SVA MAE, mm"
+
+
+def run_table(record: Record) -> Table:
+    """Return one run's figures as name and value."""
+    table = Table(title=f"{record['dataset']} {record['model']} res={record['res']}", min_width=50)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in run_rows(record):
+        table.add_row(name, value)
+    return table
+
+
+def run_rows(record: Record) -> list[tuple[str, str]]:
+    """Return one run's figures as (name, text) pairs; a figure that is null shows "-"."""
+    rows = [("status", str(record["status"]))]
+    for split in ("test", "val"):
+        rows += _quality_rows(record, split)
+    peak = figure(record, "memory_use.device_peak_bytes")
+    rss = figure(record, "memory_use.rss_peak_bytes")
+    return [
+        *rows,
+        ("train images/s", mean_std(figure(record, "throughput.images_per_s"))),
+        ("step, s", mean_std(figure(record, "throughput.step_s"), 3)),
+        ("device memory, peak", "-" if peak is None else format_bytes(peak)),
+        ("process memory, peak", "-" if rss is None else format_bytes(rss)),
+        ("memory strategy", str(record["memory"])),
+        ("precision, device", f"{record['precision']}, {record['device']}"),
+    ]
+
+
+def _quality_rows(record: Record, split: str) -> list[tuple[str, str]]:
+    section = record.get(split)
+    if not section:
+        return []
+    rows = [(f"{split} {quality_name(record['dataset'])}", quality(record, split))]
+    named = {
+        "accuracy": ("accuracy", 3),
+        "median_ae_mm": ("SVA median AE, mm", 2),
+        "c7_radial_mm": ("C7 radial error, mm", 2),
+        "s1_radial_mm": ("S1 radial error, mm", 2),
+    }
+    for key, (name, digits) in named.items():
+        value = section.get(key)
+        if isinstance(value, dict):
+            value = value.get("mean")
+        if value is not None:
+            rows.append((f"{split} {name}", f"{value:.{digits}f}"))
+    rows.append((f"{split} images", str(section["n"])))
+    return rows
+
+
+def sweep_table(records: list[Record], axes: list[str]) -> Table:
+    """Return a sweep as a table: a row per job, its axes first."""
+    dataset = records[0]["dataset"] if records else "wsi"
+    table = Table(title="sweep")
+    for axis in axes:
+        table.add_column(axis, justify="right")
+    for name in ("images/s", "step, s", "peak memory", quality_name(dataset), "status"):
+        table.add_column(name, justify="right")
+    for record in records:
+        table.add_row(*(str(record["axes"].get(axis)) for axis in axes), *sweep_cells(record))
+    return table
+
+
+def sweep_cells(record: Record) -> list[str]:
+    """Return a job's figures as the sweep's columns show them; OOM where it did not fit."""
+    status = str(record["status"])
+    if status == "oom":
+        return ["OOM", "-", "-", "-", "oom"]
+    peak = figure(record, "memory_use.rss_peak_bytes")
+    return [
+        mean_std(figure(record, "throughput.images_per_s")),
+        mean_std(figure(record, "throughput.step_s"), 3),
+        "-" if peak is None else format_bytes(peak),
+        quality(record),
+        status,
+    ]
+
+
+def strategy_table(records: list[Record]) -> Table:
+    """Return images/s with resolutions down and memory strategies across, as the talk has it."""
+    strategies = list(dict.fromkeys(record["memory"] for record in records))
+    table = Table(title="images/s, mean ± std over steps")
+    table.add_column("res", justify="right")
+    for strategy in strategies:
+        table.add_column(strategy, justify="right")
+    for res in sorted({record["res"] for record in records}):
+        cells = {r["memory"]: sweep_cells(r)[0] for r in records if r["res"] == res}
+        table.add_row(str(res), *(cells.get(strategy, "") for strategy in strategies))
+    return table

@@ -1,0 +1,236 @@
+"""The cross product of `key=a,b` overrides, each job a `umtrain fit` in its own process."""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.live import Live
+
+from umtrain.config import RunConfig, load_config, quoted, sweep_axes
+from umtrain.console import Console, format_duration
+from umtrain.errors import RunError
+from umtrain.files import write_json, write_text
+from umtrain.report.plots import sweep_plot
+from umtrain.report.record import RECORD_NAME, Record, figure, read_record
+from umtrain.report.tables import strategy_table, sweep_cells, sweep_table
+
+SWEEPS = Path("runs")
+_SETTLED = ("ok", "oom")
+_COLUMNS = {
+    "status": "status",
+    "images_per_s_mean": "throughput.images_per_s.mean",
+    "images_per_s_std": "throughput.images_per_s.std",
+    "step_s_mean": "throughput.step_s.mean",
+    "step_s_std": "throughput.step_s.std",
+    "device_peak_bytes": "memory_use.device_peak_bytes",
+    "rss_peak_bytes": "memory_use.rss_peak_bytes",
+    "test_auc": "test.auc",
+    "test_mae_mm": "test.mae_mm",
+    "test_median_ae_mm": "test.median_ae_mm",
+    "n_test": "data.n_test",
+    "elapsed_s": "elapsed_s",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point of the cross product."""
+
+    axes: dict[str, str]
+    overrides: list[str]
+    run_dir: Path
+    config: RunConfig
+
+
+def sweep(overrides: list[str], console: Console) -> Path:
+    """Run every job that has not finished yet; return the sweep's folder.
+
+    A job that failed or ran out of memory is a row of the table, not an end. Finished jobs
+    (ok or out of memory) of the same sweep are kept. Raises ConfigError before the first job
+    starts if any job's configuration is wrong.
+    """
+    axes, fixed = sweep_axes(overrides)
+    folder = _sweep_folder(axes, fixed)
+    jobs = plan_jobs(axes, fixed, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    console.say(f"sweep of {len(jobs)} jobs in {folder}")
+    started_s = time.monotonic()
+    records: list[Record] = []
+    with _Display(console, list(axes)) as display:
+        for number, job in enumerate(jobs, 1):
+            title = ", ".join(f"{key}={value}" for key, value in job.axes.items())
+            record = _finished(job)
+            if record is None:
+                console.say(f"job {number}/{len(jobs)}: {title}")
+                record = _run_job(job, display)
+            else:
+                console.say(f"job {number}/{len(jobs)}: {title}: finished before, kept")
+            records.append({**record, "axes": job.axes})
+            _write_summary(folder, list(axes), records)
+            display.finished(records)
+    _show(folder, list(axes), records, console)
+    console.say(f"took     {format_duration(time.monotonic() - started_s)}")
+    console.say(f"summary  {folder / 'summary.csv'}")
+    return folder
+
+
+def plan_jobs(axes: dict[str, list[str]], fixed: list[str], folder: Path) -> list[Job]:
+    """Return the cross product of `axes`, every job's configuration checked."""
+    jobs = []
+    for values in itertools.product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        overrides = [*fixed, *(f"{key}={value}" for key, value in point.items())]
+        name = "_".join(re.sub(r"[^\w.-]", "-", f"{key}-{point[key]}") for key in point)
+        config = load_config(overrides)
+        jobs.append(Job(point, overrides, folder / name, config))
+    return jobs
+
+
+def _sweep_folder(axes: dict[str, list[str]], fixed: list[str]) -> Path:
+    given = [text for text in fixed if text.startswith("run_dir=")]
+    if given:
+        fixed.remove(given[0])
+        return Path(given[0].removeprefix("run_dir=")).expanduser()
+    identity = json.dumps([axes, sorted(fixed)], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    return SWEEPS / f"sweep-{'-'.join(key.split('.')[-1] for key in axes)}-{digest}"
+
+
+def _finished(job: Job) -> Record | None:
+    """Return the record of an earlier run of the same job, if it is settled."""
+    if not (job.run_dir / RECORD_NAME).exists():
+        return None
+    try:
+        record = read_record(job.run_dir)
+    except RunError:
+        return None
+    return record if record["status"] in _SETTLED else None
+
+
+def _run_job(job: Job, display: "_Display") -> Record:
+    _set_aside(job.run_dir)
+    command = [sys.executable, "-m", "umtrain", "fit", *job.overrides]
+    process = subprocess.Popen(
+        [*command, f"run_dir={quoted(str(job.run_dir))}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    last_line = ""
+    try:
+        for line in _lines(process):
+            last_line = line or last_line
+            display.job_says(line)
+        code = process.wait()
+    except KeyboardInterrupt:
+        # A terminal has sent the job the same signal; let it write its record.
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+        raise
+    if (job.run_dir / RECORD_NAME).exists():
+        return read_record(job.run_dir)
+    return _lost_record(job, code, last_line)
+
+
+def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line.rstrip()
+
+
+def _set_aside(run_dir: Path) -> None:
+    """Move what an unfinished job left out of the way; nothing is deleted."""
+    if not run_dir.exists():
+        return
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.unfinished-{number}")).exists():
+        number += 1
+    run_dir.rename(aside)
+
+
+def _lost_record(job: Job, code: int, last_line: str) -> Record:
+    """Return the row of a job that ended before it could write a record."""
+    ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+    config = job.config
+    return {
+        "status": "failed",
+        "command": "fit",
+        "dataset": config.dataset.name,
+        "model": config.model.name,
+        "res": config.res,
+        "batch_size": config.batch_size,
+        "memory": config.memory.name,
+        "precision": config.precision,
+        "device": config.device,
+        "seed": config.seed,
+        "reasons": {"status": f"ended by {ended} before it wrote a record: {last_line}"},
+    }
+
+
+def _write_summary(folder: Path, axes: list[str], records: list[Record]) -> None:
+    write_json(folder / "summary.json", records)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow([*axes, *_COLUMNS])
+    for record in records:
+        figures = [figure(record, key) for key in _COLUMNS.values()]
+        writer.writerow([*record["axes"].values(), *figures])
+    write_text(folder / "summary.csv", text.getvalue())
+
+
+def _show(folder: Path, axes: list[str], records: list[Record], console: Console) -> None:
+    console.show(sweep_table(records, axes))
+    if set(axes) == {"res", "memory"}:
+        console.show(strategy_table(records))
+    for record in records:
+        if record["status"] == "failed":
+            console.say(f"failed   {record['axes']}: {record['reasons'].get('status')}")
+    axis = "res" if "res" in axes else axes[0]
+    picture = sweep_plot(folder / "summary.png", records, axis)
+    console.say(f"picture  {picture.path}")
+
+
+class _Display:
+    """The live table on a terminal; a line per finished job elsewhere."""
+
+    def __init__(self, console: Console, axes: list[str]) -> None:
+        self._console, self._axes = console, axes
+        self._records: list[Record] = []
+        self._live = Live(console=console.rich, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> "_Display":
+        if self._console.rich.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def job_says(self, line: str) -> None:
+        """Show a line of the running job."""
+        if self._live.is_started:
+            table = sweep_table(self._records, self._axes)
+            self._live.update(Group(table, line[: self._console.rich.width]), refresh=True)
+        else:
+            self._console.say(f"  {line}")
+
+    def finished(self, records: list[Record]) -> None:
+        """Show the rows so far."""
+        self._records = list(records)
+        if self._live.is_started:
+            self._live.update(sweep_table(self._records, self._axes), refresh=True)
+        else:
+            self._console.say("  " + "  ".join(sweep_cells(records[-1])))

@@ -1,0 +1,112 @@
+"""The interface between the runner and a kind of dataset."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from umtrain import models
+from umtrain.config import RunConfig
+from umtrain.data.dataset import RadiographDataset, SlideDataset
+from umtrain.data.loader import Batch, Loader, make_loader
+from umtrain.data.manifest import Manifest, Radiograph, Slide, Split
+from umtrain.models.norm import set_eval_statistics
+
+Row = dict[str, Any]
+AnyManifest = Manifest[Slide] | Manifest[Radiograph]
+
+__all__ = ["AnyManifest", "Batch", "Row", "Task"]
+
+
+class Task(ABC):
+    """One kind of dataset: how its batches become a loss, predictions and metrics.
+
+    `fields` are the columns of predictions.csv; `headline` is the metric that names the best
+    epoch, with `higher_is_better` for its direction.
+    """
+
+    in_channels: ClassVar[int]
+    fields: ClassVar[tuple[str, ...]]
+    headline: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
+    def __init__(self, config: RunConfig, manifest: AnyManifest) -> None:
+        self.config = config
+        self.manifest = manifest
+
+    @property
+    @abstractmethod
+    def n_outputs(self) -> int:
+        """Channels that the network puts out."""
+
+    @abstractmethod
+    def dataset(self, split: Split, training: bool) -> SlideDataset | RadiographDataset:
+        """Return the images of `split`, augmented when `training` and the config asks for it."""
+
+    def loader(self, split: Split, training: bool) -> Loader:
+        """Return batches of `split`: shuffled and augmented when `training`, else in order."""
+        return make_loader(
+            self.dataset(split, training),
+            self.config.batch_size,
+            shuffle=training,
+            seed=self.config.seed,
+            workers=self.config.dataset.workers,
+        )
+
+    @abstractmethod
+    def inputs(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the network's normalised input: channels-last (n, in_channels, rows, columns)."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the scalar fp32 loss of the network's `outputs` for `batch`."""
+
+    @abstractmethod
+    def predictions(self, outputs: Tensor, batch: Batch, split: str) -> list[Row]:
+        """Return one row of predictions.csv for each image of `batch`."""
+
+    @abstractmethod
+    def metrics(self, rows: list[Row]) -> dict[str, Any]:
+        """Return the figures of merit of `rows`, as the record's test section holds them."""
+
+    @property
+    @abstractmethod
+    def data_facts(self) -> dict[str, Any]:
+        """Choices made about the data that a reader of the figures must know."""
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, int]:
+        """Rows and columns of the network's input."""
+
+    def sample_input(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return an input as a training batch has it: same shape, dtype and strides, no content."""
+        shape = (self.config.batch_size, self.in_channels, *self.input_shape)
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+    def create_model(self, pretrained: Path | None = None) -> nn.Module:
+        """Return the configured network in channels-last format, seeded by the caller.
+
+        Its weights are new ones, or those that the file `pretrained` has for it.
+        """
+        chosen = self.config.model
+        model = models.create(
+            chosen.name,
+            in_channels=self.in_channels,
+            n_outputs=self.n_outputs,
+            norm=chosen.norm,
+            pool=chosen.pool,
+            pretrained=pretrained,
+        )
+        # Note: [Batch size 1] in umtrain/models/norm.py
+        set_eval_statistics(model, "image" if self.config.batch_size == 1 else "running")
+        return model.to(memory_format=torch.channels_last)
+
+    def score(self, metrics: dict[str, Any], loss: float) -> tuple[float, float]:
+        """Return how good a validation was, larger is better; a smaller loss breaks ties."""
+        value = metrics.get(self.headline)
+        if value is None:
+            return (float("-inf"), -loss)
+        return (value if self.higher_is_better else -value, -loss)

@@ -1,0 +1,104 @@
+"""Whole slides with one label each: one logit, weighted binary cross-entropy, AUC."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from umtrain.config import RunConfig
+from umtrain.data.augment import SlideAugment
+from umtrain.data.dataset import SlideDataset
+from umtrain.data.labels import binary_labels
+from umtrain.data.manifest import Manifest, Slide, Split
+from umtrain.evaluation.classification import classification_metrics
+from umtrain.tasks.base import Batch, Row, Task
+
+# White, the background of a slide, becomes zero and tissue is positive: padding then looks like
+# background, and a map without tissue is without signal.
+_WHITE = 255.0
+_SCALE = 64.0
+
+
+class ClassificationTask(Task):
+    """Positive against negative slides."""
+
+    in_channels: ClassVar[int] = 3
+    fields: ClassVar[tuple[str, ...]] = ("id", "split", "label", "prob")
+    headline: ClassVar[str] = "auc"
+    higher_is_better: ClassVar[bool] = True
+
+    def __init__(self, config: RunConfig, manifest: Manifest[Slide]) -> None:
+        super().__init__(config, manifest)
+        self.slides = manifest
+        self.labels = binary_labels(manifest, config.dataset.positive)
+        train = [self.labels[slide.label] for slide in manifest.split("train")]
+        self._positive_weight, self._negative_weight = _class_weights(
+            train, config.optim.class_weights
+        )
+
+    @property
+    def n_outputs(self) -> int:
+        """One logit, of the positive class."""
+        return 1
+
+    @property
+    def data_facts(self) -> dict[str, Any]:
+        """Which label counts as positive."""
+        return {"positive": next(label for label, number in self.labels.items() if number)}
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """A square of res."""
+        return self.config.res, self.config.res
+
+    def dataset(self, split: Split, training: bool) -> SlideDataset:
+        """Return slides as uint8 (3, res, res)."""
+        chosen = self.config.dataset
+        return SlideDataset(
+            self.slides.split(split),
+            self.labels,
+            res=self.config.res,
+            fit=chosen.fit,
+            mpp=chosen.mpp,
+            augment=SlideAugment() if training and chosen.augment else None,
+            seed=self.config.seed,
+        )
+
+    def inputs(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return (n, 3, res, res) with white at 0 and black at about 4."""
+        image = batch["image"].to(device, non_blocking=True)
+        values: Tensor = image.to(dtype, memory_format=torch.channels_last)
+        return values.neg_().add_(_WHITE).mul_(1 / _SCALE)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return binary cross-entropy, each class weighted by its rarity in training."""
+        logits = outputs.float().squeeze(1)
+        labels = batch["label"].to(logits)
+        weights = torch.where(labels > 0, self._positive_weight, self._negative_weight)
+        return functional.binary_cross_entropy_with_logits(logits, labels, weights)
+
+    def predictions(self, outputs: Tensor, batch: Batch, split: str) -> list[Row]:
+        """Return id, split, label and the positive class's probability of each slide."""
+        probabilities = outputs.float().squeeze(1).sigmoid().tolist()
+        return [
+            {"id": slide_id, "split": split, "label": int(label), "prob": prob}
+            for slide_id, label, prob in zip(
+                batch["id"], batch["label"].tolist(), probabilities, strict=True
+            )
+        ]
+
+    def metrics(self, rows: list[Row]) -> dict[str, Any]:
+        """Return AUC with its interval, and accuracy."""
+        return classification_metrics(
+            np.array([row["label"] for row in rows]), np.array([row["prob"] for row in rows])
+        )
+
+
+def _class_weights(labels: list[int], scheme: str) -> tuple[float, float]:
+    if scheme == "none":
+        return 1.0, 1.0
+    positives = sum(labels)
+    negatives = len(labels) - positives
+    return len(labels) / (2 * positives), len(labels) / (2 * negatives)

@@ -1,0 +1,162 @@
+"""The texts of `umtrain --help` and `umtrain COMMAND --help`, and bash completion.
+
+Written from the schema and the files in conf/, without importing Hydra or torch.
+"""
+
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from umtrain import __version__
+from umtrain.config import CHOICES, GROUPS, group_options, schema_keys
+
+
+@dataclass(frozen=True)
+class Command:
+    """What help says of a command."""
+
+    usage: str
+    summary: str
+    details: str
+    examples: tuple[str, ...]
+    takes_config: bool
+
+
+COMMANDS = {
+    "fit": Command(
+        "umtrain fit [key=value …]",
+        "train, validate each epoch, evaluate the test split",
+        "Writes a run directory: config.yaml, metrics.json, steps.csv, predictions.csv, "
+        "checkpoints/, plots, report.html and log.txt. With no dataset.manifest it makes "
+        "synthetic demo data once and trains on that.",
+        (
+            "umtrain fit dataset=wsi res=1024",
+            "umtrain fit dataset=spine res=512 epochs=20",
+            "umtrain fit dataset=wsi dataset.manifest=slides.csv res=2048 precision=bf16",
+        ),
+        True,
+    ),
+    "sweep": Command(
+        "umtrain sweep key=a,b[,…] [key=value …]",
+        "fit the cross product of several values, each job in its own process",
+        "A job that fails or runs out of memory is a row of the table. Run the same command again "
+        "to continue: finished jobs are kept. Writes summary.csv, summary.json and summary.png.",
+        (
+            "umtrain sweep res=256,512,768,1024",
+            "umtrain sweep dataset=spine res=256,512 seed=0,1,2",
+        ),
+        True,
+    ),
+    "eval": Command(
+        "umtrain eval [run=DIR] [split=test|val|train] [device=…] [dataset.manifest=CSV]",
+        "evaluate the best checkpoint of a run; the newest run if none is named",
+        "Updates metrics.json, predictions.csv and report.html of the run.",
+        ("umtrain eval", "umtrain eval run=runs/night split=val"),
+        False,
+    ),
+    "data": Command(
+        "umtrain data make|check|import …",
+        "make synthetic data, check a manifest and its files, import other tables",
+        "data make dataset=wsi|spine [n=…] [size=…] [seed=0] [out=DIR]\n"
+        "data check CSV [dataset=wsi|spine] [root=DIR] [fit=pad|crop]\n"
+        "data import TABLE slides=DIR out=CSV [format=camelyon16|panda|clam|simple] [seed=0]",
+        (
+            "umtrain data make dataset=wsi n=60 size=2048 out=slides",
+            "umtrain data check slides/manifest.csv",
+            "umtrain data import train.csv slides=/data/panda out=panda.csv",
+        ),
+        False,
+    ),
+    "doctor": Command(
+        "umtrain doctor",
+        "what this machine has, and what to do about what it lacks",
+        "GPU and managed memory, processor, memory, spill disk, slide and radiograph codecs.",
+        ("umtrain doctor",),
+        False,
+    ),
+    "completion": Command(
+        "umtrain completion bash",
+        "print the script that completes commands and keys in bash",
+        'Put  eval "$(umtrain completion bash)"  in ~/.bashrc.',
+        ('eval "$(umtrain completion bash)"',),
+        False,
+    ),
+}
+
+
+def overview() -> str:
+    """Return the text of `umtrain --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:<{width}}{item.summary}" for name, item in COMMANDS.items())
+    return f"""umtrain {__version__}: train CNNs end to end on high-resolution medical images
+
+Usage: umtrain COMMAND [key=value …]
+
+Commands
+{commands}
+
+{_groups()}
+
+Examples
+  umtrain fit dataset=wsi res=1024
+  umtrain sweep res=256,512,768,1024
+  umtrain eval
+
+`umtrain COMMAND --help` says more. Exit codes: 0 done, 2 wrong input, 3 out of memory,
+130 interrupted, 1 a defect of umtrain."""
+
+
+def command_help(name: str) -> str:
+    """Return the text of `umtrain NAME --help`."""
+    item = COMMANDS[name]
+    details = "\n".join(
+        textwrap.fill(line, 96, initial_indent="  ", subsequent_indent="  ")
+        for line in item.details.splitlines()
+    )
+    parts = [f"Usage: {item.usage}", f"{item.summary.capitalize()}.\n\n{details}"]
+    if item.takes_config:
+        parts += [_groups(), _keys()]
+    parts.append("Examples\n" + "\n".join(f"  {example}" for example in item.examples))
+    return "\n\n".join(parts)
+
+
+def _groups() -> str:
+    lines = [f"  {group}={'|'.join(group_options(group))}" for group in GROUPS]
+    return "Config groups\n" + "\n".join(lines)
+
+
+def _keys() -> str:
+    lines = []
+    for key, item in schema_keys().items():
+        options = f" ({'|'.join(CHOICES[key])})" if key in CHOICES else ""
+        lines.append(f"  {key:<24}{item.metadata['help']}{options}")
+    return "Keys\n" + "\n".join(lines)
+
+
+def completion_script() -> str:
+    """Return a bash script that completes commands, keys, options of groups and file names."""
+    keys = [f"{key}=" for key in (*GROUPS, *schema_keys())]
+    values: dict[str, Any] = {group: group_options(group) for group in GROUPS} | CHOICES
+    values |= {key: ("true", "false") for key, item in schema_keys().items() if item.type is bool}
+    cases = "\n".join(f"    {key}) words='{' '.join(v)}' ;;" for key, v in values.items())
+    # Bash splits words at "=": the key of the value being typed is one or two words back.
+    return f"""# bash completion of umtrain
+_umtrain() {{
+  local current="${{COMP_WORDS[COMP_CWORD]}}" key="" words=""
+  if [ "$COMP_CWORD" -eq 1 ]; then
+    COMPREPLY=($(compgen -W '{" ".join(COMMANDS)} --help --version' -- "$current"))
+    return
+  fi
+  if [ "$current" = "=" ]; then
+    key="${{COMP_WORDS[COMP_CWORD-1]}}"; current=""
+  elif [ "${{COMP_WORDS[COMP_CWORD-1]}}" = "=" ]; then
+    key="${{COMP_WORDS[COMP_CWORD-2]}}"
+  fi
+  case "$key" in
+    "") words='{" ".join(keys)}'; compopt -o nospace ;;
+{cases}
+    *) COMPREPLY=($(compgen -f -- "$current")); return ;;
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -F _umtrain umtrain"""

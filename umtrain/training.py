@@ -1,0 +1,315 @@
+"""The loop: steps, validation, checkpoints; memory is left to the strategy, images to the task."""
+
+import contextlib
+import csv
+import math
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from umtrain.checkpoint import BEST, FOLDER, LAST, save_checkpoint
+from umtrain.config import OptimConfig, RunConfig, config_to_dict
+from umtrain.console import Console
+from umtrain.data.loader import Batch, Loader
+from umtrain.data.manifest import Split
+from umtrain.errors import RunError
+from umtrain.memory.base import Strategy
+from umtrain.report.record import Record, throughput
+from umtrain.tasks import Row, Task
+
+WARMUP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer update, a line of steps.csv."""
+
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    images: int
+    step_s: float
+    data_wait_s: float
+
+
+@dataclass
+class Progress:
+    """Where training stands."""
+
+    steps: list[Step] = field(default_factory=list)
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    epochs: int = 0
+    best: tuple[float, float] | None = None
+    best_epoch: int | None = None
+
+    def train_figures(self) -> Record:
+        """Return the record's train section."""
+        losses = [step.loss for step in self.steps]
+        return {
+            "loss_first": losses[0] if losses else None,
+            "loss_last": losses[-1] if losses else None,
+            "steps": len(self.steps),
+            "epochs": self.epochs,
+            "best_epoch": self.best_epoch,
+            "validations": self.validations,
+        }
+
+    def throughput(self) -> Record:
+        """Return the record's throughput section, warm-up steps left out."""
+        timed = self.steps[WARMUP_STEPS:]
+        figures = throughput([step.step_s for step in timed], [step.images for step in timed])
+        return {
+            **figures,
+            "warmup_steps": min(WARMUP_STEPS, len(self.steps)),
+            "data_wait_s": sum(step.data_wait_s for step in timed),
+        }
+
+
+def inference(
+    task: Task, model: nn.Module, split: Split, loader: Loader, console: Console
+) -> tuple[list[Row], float]:
+    """Run `model` over the batches of `split`; return prediction rows and mean loss (nan if none).
+
+    The model computes on the device that its parameters are on, in the configured precision.
+    """
+    rows: list[Row] = []
+    total_loss = 0.0
+    device = next(model.parameters()).device
+    precision = task.config.precision
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), console.task(f"evaluating {split}", len(loader)) as bar:
+        for done, batch in enumerate(loader, 1):
+            with autocast(device, precision):
+                outputs = model(task.inputs(batch, device, input_dtype(precision)))
+            total_loss += task.loss(outputs, batch).item() * len(batch["id"])
+            rows += task.predictions(outputs, batch, split)
+            bar.update(done)
+    model.train(was_training)
+    return rows, total_loss / len(rows) if rows else math.nan
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which the network computes in `precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def input_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of the network's input: bf16 halves the largest image's memory."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+class Trainer:
+    """Trains one model on one task with one memory strategy."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        strategy: Strategy,
+        device: torch.device,
+        run_dir: Path,
+        console: Console,
+    ) -> None:
+        self.task, self.strategy = task, strategy
+        self.config: RunConfig = task.config
+        self.device, self.run_dir, self.console = device, run_dir, console
+        self.loader = task.loader("train", training=True)
+        self.validation = task.loader("val", training=False)
+        with autocast(device, self.config.precision):
+            sample = task.sample_input(device, input_dtype(self.config.precision))
+            self.model = strategy.prepare(model, sample)
+        self.steps_per_epoch = math.ceil(len(self.loader) / self.config.optim.accumulate)
+        planned = self.config.epochs * self.steps_per_epoch
+        self.total_steps = min(planned, self.config.max_steps or planned)
+        self.optimizer = create_optimizer(self.model, self.config.optim)
+        self.schedule = create_schedule(self.optimizer, self.config.optim, self.total_steps)
+        self.progress = Progress()
+
+    def fit(self) -> None:
+        """Train to the last step; validate, and keep the last and the best weights, each epoch."""
+        self.model.train()
+        with _StepLog(self.run_dir / "steps.csv") as log:
+            for epoch in range(1, self.config.epochs + 1):
+                if len(self.progress.steps) >= self.total_steps:
+                    break
+                self._train_epoch(epoch, log)
+                self.progress.epochs = epoch
+                self._validate(epoch)
+
+    def _train_epoch(self, epoch: int, log: "_StepLog") -> None:
+        left = min(self.steps_per_epoch, self.total_steps - len(self.progress.steps))
+        title = f"epoch {epoch}/{self.config.epochs}"
+        self.loader.set_epoch(epoch)
+        with self.console.task(title, left) as bar:
+            batches = _timed(self.loader)
+            for done in range(1, left + 1):
+                step = self._step(epoch, batches)
+                self.progress.steps.append(step)
+                log.write(step)
+                bar.update(done, f"loss {step.loss:.4f}  {step.images / step.step_s:.2f} images/s")
+        # The tail of an epoch cut short by max_steps is left unread: end its workers now.
+        batches.close()
+
+    def _step(self, epoch: int, batches: Iterator[tuple[Batch, float]]) -> Step:
+        number = len(self.progress.steps) + 1
+        accumulate = self.config.optim.accumulate
+        first = (number - 1) % self.steps_per_epoch * accumulate
+        n_batches = min(accumulate, len(self.loader) - first)
+        lr = self.optimizer.param_groups[0]["lr"]
+        wait_s, busy_s, n_images, total_loss = 0.0, 0.0, 0, 0.0
+        for _ in range(n_batches):
+            batch, waited_s = next(batches)
+            wait_s += waited_s
+            start_s = self._now()
+            loss = self._forward_backward(batch, n_batches)
+            total_loss += loss
+            n_images += len(batch["id"])
+            busy_s += self._now() - start_s
+        start_s = self._now()
+        self._update()
+        busy_s += self._now() - start_s
+        return Step(number, epoch, total_loss, lr, n_images, busy_s, wait_s)
+
+    def _forward_backward(self, batch: Batch, n_batches: int) -> float:
+        precision = self.config.precision
+        inputs = self.task.inputs(batch, self.device, input_dtype(precision))
+        with self.strategy.step():
+            with autocast(self.device, precision):
+                outputs = self.model(inputs)
+            loss: Tensor = self.task.loss(outputs, batch) / n_batches
+            loss.backward()  # type: ignore[no-untyped-call]
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RunError(
+                f"the loss became {value} at step {len(self.progress.steps) + 1} on "
+                f"{', '.join(map(str, batch['id']))}; try a smaller optim.lr (now "
+                f"{self.config.optim.lr}), optim.clip_norm=1.0 or precision=fp32"
+            )
+        return value
+
+    def _update(self) -> None:
+        if self.config.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
+            self.schedule.step()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _validate(self, epoch: int) -> None:
+        rows, loss = inference(self.task, self.model, "val", self.validation, self.console)
+        metrics = self.task.metrics(rows) if rows else {}
+        score = self.task.score(metrics, loss if rows else self.progress.steps[-1].loss)
+        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.schedule.step(-score[0] if math.isfinite(score[0]) else -score[1])
+        headline = metrics.get(self.task.headline)
+        self.progress.validations.append(
+            {"epoch": epoch, "loss": loss, self.task.headline: headline}
+        )
+        better = self.progress.best is None or score > self.progress.best
+        if better:
+            self.progress.best, self.progress.best_epoch = score, epoch
+            self._save(BEST, epoch)
+        self._save(LAST, epoch)
+        shown = "-" if headline is None else f"{headline:.3f}"
+        self.console.say(
+            f"epoch {epoch}/{self.config.epochs}: train loss {self._epoch_loss(epoch):.4f}, "
+            f"val loss {loss:.4f}, val {self.task.headline} {shown}{'  (best)' if better else ''}"
+        )
+
+    def _epoch_loss(self, epoch: int) -> float:
+        losses = [step.loss for step in self.progress.steps if step.epoch == epoch]
+        return sum(losses) / len(losses)
+
+    def _save(self, name: str, epoch: int) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "epoch": epoch,
+            "step": len(self.progress.steps),
+            "config": config_to_dict(self.config),
+        }
+        save_checkpoint(self.run_dir / FOLDER / name, state)
+
+
+def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW or SGD; vectors (norms, biases) are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {
+            "params": [parameter for parameter in trained if parameter.ndim > 1],
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [parameter for parameter in trained if parameter.ndim <= 1],
+            "weight_decay": 0.0,
+        },
+    ]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return warm-up then cosine or constant, stepped each update; or plateau, each epoch."""
+    if config.schedule == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=3)
+    warmup_steps = round(config.warmup_fraction * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if config.schedule == "constant":
+            return 1.0
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _timed(loader: Loader) -> Generator[tuple[Batch, float]]:
+    batches = iter(loader)
+    while True:
+        start_s = time.perf_counter()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        yield batch, time.perf_counter() - start_s
+
+
+class _StepLog(contextlib.AbstractContextManager["_StepLog"]):
+    """steps.csv, a line as each step ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: IO[str] | None = None
+
+    def __enter__(self) -> "_StepLog":
+        self._stream = self._path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._stream, [item.name for item in fields(Step)])
+        self._writer.writeheader()
+        return self
+
+    def write(self, step: Step) -> None:
+        assert self._stream is not None
+        self._writer.writerow(asdict(step))
+        self._stream.flush()
+
+    def __exit__(self, *_: object) -> None:
+        assert self._stream is not None
+        self._stream.close()
