@@ -240,6 +240,9 @@ def _train(
         finally:
             record["train"] = trainer.progress.train_figures()
             record["throughput"] = trainer.progress.throughput()
+            if record["throughput"]["step_s"]["n"] == 0:
+                why = f"{len(trainer.progress.steps)} steps, all of them warm-up"
+                record["reasons"]["throughput.images_per_s.mean"] = why
             use = dataclasses.asdict(strategy.stats())
             reasons = use.pop("reasons")
             record["memory_use"] = use

@@ -220,8 +220,8 @@ class Trainer:
         better = self.progress.best is None or score > self.progress.best
         if better:
             self.progress.best, self.progress.best_epoch = score, epoch
-            self._save(BEST, epoch)
-        self._save(LAST, epoch)
+            save_checkpoint(self.run_dir / FOLDER / BEST, self._weights(epoch))
+        save_checkpoint(self.run_dir / FOLDER / LAST, self._state(epoch))
         shown = "-" if headline is None else f"{headline:.3f}"
         self.console.say(
             f"epoch {epoch}/{self.config.epochs}: train loss {self._epoch_loss(epoch):.4f}, "
@@ -232,16 +232,22 @@ class Trainer:
         losses = [step.loss for step in self.progress.steps if step.epoch == epoch]
         return sum(losses) / len(losses)
 
-    def _save(self, name: str, epoch: int) -> None:
-        state = {
+    def _weights(self, epoch: int) -> dict[str, Any]:
+        """Return what evaluation needs."""
+        return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "epoch": epoch,
             "step": len(self.progress.steps),
             "config": config_to_dict(self.config),
         }
-        save_checkpoint(self.run_dir / FOLDER / name, state)
+
+    def _state(self, epoch: int) -> dict[str, Any]:
+        """Return what training needs to go on."""
+        return {
+            **self._weights(epoch),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -258,8 +264,10 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
         },
     ]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
-    return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=True
+        )
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def create_schedule(

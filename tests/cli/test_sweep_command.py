@@ -11,7 +11,7 @@ def swept(slides, umtrain, tmp_path_factory):
     """A sweep in which one job runs out of memory, and the arguments that ran it."""
     folder = tmp_path_factory.mktemp("sweep")
     arguments = (
-        *("sweep", "res=64,1024", "epochs=1", "max_steps=2", "precision=fp32"),
+        *("sweep", "res=64,1024", "epochs=1", "max_steps=4", "precision=fp32"),
         *("dataset.workers=0", "memory.device_budget=600MiB", f"dataset.manifest={slides}"),
     )
     done = umtrain(*arguments, "run_dir=out", cwd=folder)

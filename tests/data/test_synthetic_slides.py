@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -83,11 +84,12 @@ def test_openslide_sees_a_pyramid_at_one_micron_per_pixel(made: Path) -> None:
 
 
 def test_pyramid_levels_show_the_same_picture(made: Path) -> None:
-    path = made.parent / "slides" / "slide_0000.tif"
-    full, _ = read_slide(path, 512)
-    half, _ = read_slide(path, 256)
+    with tifffile.TiffFile(made.parent / "slides" / "slide_0000.tif") as tiff:
+        full, half = (page.asarray() for page in tiff.pages)
     reduced = np.asarray(Image.fromarray(full).reduce(2)).astype(int)
-    assert np.abs(reduced - half).mean() < 2
+    in_place = np.abs(reduced - half).mean()
+    off_by_one = np.abs(np.roll(reduced, 1, axis=1) - half).mean()
+    assert in_place < 0.6 * off_by_one
 
 
 @pytest.mark.parametrize("size", [300, 515])
@@ -129,7 +131,7 @@ def test_progress_counts_to_the_number_of_slides(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_no_file_behind(tmp_path: Path) -> None:
     (tmp_path / "slide.tif").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError):
         write_slide(_spec("0"), tmp_path / "slide.tif", 256, None)
     assert [path.name for path in tmp_path.iterdir()] == ["slide.tif"]
 
@@ -157,18 +159,30 @@ def test_the_classes_differ_only_where_the_mask_says_cancer(
     assert np.percentile(difference[~ndimage.binary_dilation(cancer, iterations=24)], 99) < 4
 
 
-def test_nests_are_lost_at_an_eighth_and_seen_at_half_the_size(
+def test_dark_blobs_tell_the_classes_apart_at_half_the_size_but_not_at_an_eighth(
     pair: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    def contrast(downsample: int) -> float:
-        reduced = [
-            np.asarray(Image.fromarray(pair[label][0].astype(np.uint8)).reduce(downsample))
-            for label in ("0", "1")
-        ]
-        cancer = pair["1"][1][::downsample, ::downsample] == 2
-        return float(np.abs(reduced[1][cancer].astype(float) - reduced[0][cancer]).mean())
+    def darkest_blob(label: str, downsample: int) -> float:
+        """How dark 3×3 pixels can be throughout, where the positive slide has its nests."""
+        image = Image.fromarray(pair[label][0].astype(np.uint8)).reduce(downsample)
+        blobs = ndimage.maximum_filter(np.asarray(image)[..., 0], 3)
+        nests = pair["1"][1][::downsample, ::downsample] == 2
+        return float(np.percentile(blobs[nests], 2))
 
-    assert contrast(8) < 0.5 * contrast(2)
+    def difference(downsample: int) -> float:
+        return abs(darkest_blob("0", downsample) - darkest_blob("1", downsample))
+
+    assert difference(2) > 35
+    assert difference(4) < 12
+    assert difference(8) < 12
+
+
+def test_nests_are_no_darker_on_average_than_what_stands_for_them(
+    pair: dict[str, tuple[np.ndarray, np.ndarray]],
+) -> None:
+    nests = pair["1"][1] == 2
+    means = [pair[label][0][nests].mean() for label in ("0", "1")]
+    assert means[0] == pytest.approx(means[1], abs=3)
 
 
 def test_average_colour_and_stamps_do_not_depend_on_the_label() -> None:
@@ -193,7 +207,7 @@ def test_clumps_match_nuclei_in_darkness_but_not_in_size() -> None:
     ratio = np.mean([clump.absorbed for clump in bank.clump]) / np.mean(
         [nucleus.absorbed for nucleus in bank.tumour]
     )
-    assert ratio == pytest.approx(1, abs=0.1)
+    assert ratio == pytest.approx(1, abs=0.05)
     cell, nucleus = (
         np.mean([(sprite.opacity > 127).sum() for sprite in kind])
         for kind in (bank.lymphocyte, bank.tumour)

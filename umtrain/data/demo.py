@@ -17,11 +17,11 @@ from umtrain.data.synthetic.slides import make_slides
 from umtrain.errors import DataError, ManifestError
 
 SLIDE_SIZE_PX = 2048
-N_SLIDES = 132
+N_SLIDES = 240
 N_LARGE_SLIDES = 12
 LARGE_SIZE_STEP_PX = 1024
 RADIOGRAPH_SIZE_PX = 4000
-N_RADIOGRAPHS = 100
+N_RADIOGRAPHS = 200
 SEED = 0
 
 _STAMP = "demo.json"

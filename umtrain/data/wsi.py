@@ -5,7 +5,7 @@ Frames: `l0_` is pixels of the slide's level 0, `level_` pixels of the pyramid l
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ WHITE = 255
 # not divide evenly reports a downsample of 4.0003 where 4 is meant.
 _LEVEL_TOLERANCE = 1.005
 _MPP_TOLERANCE = 0.01
-_STRIP_BYTES = 8 * 2**20
-_CACHE_BYTES_MIN = 32 * 2**20
+_STRIP_BYTES = 4 * 2**20
+_CACHE_BYTES_MIN = 64 * 2**20
 _CACHE_BYTES_MAX = 256 * 2**20
 _N_READERS = 2
 _RGBA_BYTES = 4
@@ -97,15 +97,25 @@ def plan_frame(
     needed_px = math.ceil(longest_px / scale - 1e-6)
     if fit == "pad" and needed_px > res:
         raise DataError(
-            f"the slide is {info.width_px}×{info.height_px} px, which at dataset.mpp={target_mpp:g} "
-            f"needs res={needed_px}, but res={res}; raise res to {needed_px}, take a coarser "
-            f"dataset.mpp, or use dataset.fit=crop or dataset.fit=resize"
+            f"the slide is {info.width_px}×{info.height_px} px, which at "
+            f"dataset.mpp={target_mpp:g} needs res={needed_px}, but res={res}; raise res to "
+            f"{needed_px}, take a coarser dataset.mpp, or use dataset.fit=crop or resize"
         )
     return SlideFrame(
         l0_x=(info.width_px - res * scale) / 2,
         l0_y=(info.height_px - res * scale) / 2,
         scale=scale,
     )
+
+
+def best_level(level_downsamples: tuple[float, ...], scale: float) -> int:
+    """Return the coarsest level that is no coarser than `scale` (l0 px per px); else level 0."""
+    fine_enough = [
+        level
+        for level, downsample in enumerate(level_downsamples)
+        if downsample <= scale * _LEVEL_TOLERANCE
+    ]
+    return max(fine_enough, key=lambda level: level_downsamples[level], default=0)
 
 
 def read_slide(
@@ -148,7 +158,7 @@ class _LevelReader:
         self, slide: openslide.OpenSlide, info: SlideInfo, frame: SlideFrame, res: int
     ) -> None:
         self.slide = slide
-        self.level = _best_level(info.level_downsamples, frame.scale)
+        self.level = best_level(info.level_downsamples, frame.scale)
         self.downsample = info.level_downsamples[self.level]
         self.ratio = frame.scale / self.downsample
         self.frame = frame
@@ -192,7 +202,7 @@ class _LevelReader:
         """Two rows of tiles: what neighbouring strips share is then decoded once."""
         prefix = f"openslide.level[{self.level}]."
         tile_rows = int(self.slide.properties.get(prefix + "tile-height", 256))
-        level_width = self.slide.level_dimensions[self.level][0]
+        level_width = int(self.slide.level_dimensions[self.level][0])
         n_bytes = 2 * tile_rows * level_width * _RGBA_BYTES
         return min(max(n_bytes, _CACHE_BYTES_MIN), _CACHE_BYTES_MAX)
 
@@ -207,14 +217,14 @@ def _opened(path: Path) -> Iterator[openslide.OpenSlide]:
             yield slide
     except openslide.OpenSlideUnsupportedFormatError:
         raise DataError(
-            f"{path}: not a slide that OpenSlide {openslide.__library_version__} can read; expected "
-            f"a pyramidal file such as SVS, NDPI, MRXS, SCN or tiled TIFF; convert it, for example "
-            f"with `vips tiffsave --tile --pyramid`"
+            f"{path}: not a slide that OpenSlide {openslide.__library_version__} can read; "
+            f"expected a pyramidal file such as SVS, NDPI, MRXS, SCN or tiled TIFF; convert it, "
+            f"for example with `vips tiffsave --tile --pyramid`"
         ) from None
     except openslide.OpenSlideError as error:
         raise DataError(
-            f"{path}: OpenSlide cannot read this slide: {error}; the file is damaged or incomplete, "
-            f"copy it again or leave it out of the manifest"
+            f"{path}: OpenSlide cannot read this slide: {error}; the file is damaged or "
+            f"incomplete, copy it again or leave it out of the manifest"
         ) from error
 
 
@@ -229,7 +239,7 @@ def _info(slide: openslide.OpenSlide) -> SlideInfo:
     )
 
 
-def _square_mpp(properties: openslide.OpenSlide) -> float | None:
+def _square_mpp(properties: Mapping[str, str]) -> float | None:
     """Return the mean of the two axes' microns per pixel, None if absent or not nearly equal."""
     try:
         mpp_x = float(properties[openslide.PROPERTY_NAME_MPP_X])
@@ -258,16 +268,6 @@ def _scale_at_mpp(
             f"{own_mpp:g} for the slide; correct dataset.mpp or the manifest's mpp column"
         )
     return target_mpp / own_mpp
-
-
-def _best_level(level_downsamples: tuple[float, ...], scale: float) -> int:
-    """Return the coarsest level that is no coarser than `scale`; level 0 if all are coarser."""
-    fine_enough = [
-        level
-        for level, downsample in enumerate(level_downsamples)
-        if downsample <= scale * _LEVEL_TOLERANCE
-    ]
-    return max(fine_enough, key=lambda level: level_downsamples[level], default=0)
 
 
 def _covered(l0_origin: float, scale: float, slide_px: int, res: int) -> tuple[int, int]:

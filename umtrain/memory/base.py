@@ -5,9 +5,10 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
-from umtrain.errors import OutOfMemoryError
+from umtrain.errors import DeviceError, OutOfMemoryError
 from umtrain.memory.advice import strategies_needing_less
 from umtrain.memory.budget import DeviceBudget, NoBudget, enforce_budget, is_out_of_memory
 from umtrain.memory.meters import create_meter
@@ -28,6 +29,8 @@ class Strategy(ABC):
 
     def __init__(self, options: Options) -> None:
         """Check that this machine can do it; raises DeviceError or ConfigError if not."""
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise DeviceError("device=cuda: torch finds no GPU here; use device=cpu")
         self.options = options
         self._meter = create_meter(options.device)
         self.trace = Trace()
@@ -43,7 +46,7 @@ class Strategy(ABC):
         """
         prepared = self._attach(model, sample_batch)
         self._meter.mark_base(model)
-        self._budget = enforce_budget(self.options.device, self.options.device_budget_bytes, model)
+        self._budget = self._enforce_budget(model)
         self._cleanup.callback(self._budget.lift)
         return prepared
 
@@ -71,6 +74,9 @@ class Strategy(ABC):
     def close(self) -> None:
         """Give back memory, threads and the enforced budget; the model is as it was before."""
         self._cleanup.close()
+
+    def _enforce_budget(self, model: nn.Module) -> DeviceBudget:
+        return enforce_budget(self.options.device, self.options.device_budget_bytes, model)
 
     @abstractmethod
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:

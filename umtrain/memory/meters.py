@@ -42,6 +42,7 @@ class Meter(ABC):
 
     def __init__(self) -> None:
         self.counters = Counters()
+        self.notes: dict[str, str] = {}
         self._steps = 0
         self._stats = MemoryStats.before_any_step()
 
@@ -81,7 +82,7 @@ class Meter(ABC):
             stall_s=now.stall_s,
             prefetch_hits=now.prefetch_hits,
             prefetch_late=now.prefetch_late,
-            reasons=self._reasons(),
+            reasons=self._reasons() | self.notes,
         )
 
     def stats(self) -> MemoryStats:

@@ -29,6 +29,7 @@ class Options:
     prefetch_depth: int = 2
     policy: str = "all"
     cpu_layers: tuple[str, ...] = ()
+    oversubscribe: bool = False
     trace: Path | None = None
 
     @classmethod

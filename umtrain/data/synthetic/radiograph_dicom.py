@@ -78,10 +78,9 @@ def _set_pixels(file: Dataset, film: np.ndarray, header: FilmHeader) -> None:
     """Store `film` with room below black and above white, as detectors do, and its window."""
     highest = 2**header.bits_stored - 1
     black, white = 0.08 * highest, 0.90 * highest
-    stored = film * np.float32(white - black)
-    stored += np.float32(black + 0.5)
-    np.clip(stored, 0, highest, out=stored)
-    pixels = stored.astype("<u2")
+    pixels = np.empty(film.shape, "<u2")
+    for row, stored in zip(film, pixels, strict=True):  # by rows: no second float image
+        stored[:] = np.clip(row * np.float32(white - black) + np.float32(black + 0.5), 0, highest)
     centre = (black + white) / 2
     if header.photometric == "MONOCHROME1":
         np.subtract(highest, pixels, out=pixels)

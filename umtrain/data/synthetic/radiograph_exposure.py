@@ -8,6 +8,8 @@ from scipy.ndimage import gaussian_filter
 
 from umtrain.data.synthetic.radiograph_canvas import Canvas
 
+_BAND_ROWS = 192
+
 
 @dataclass(frozen=True)
 class Technique:
@@ -43,7 +45,7 @@ def expose(
     technique: Technique,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Return the film (rows, columns) float32, about 0..1, bone bright.
+    """Return the film (rows, columns) float32, about 0..1, bone bright; uses up `spine`.
 
     `spine` has the film's resolution; `soft` and `skeleton` share a coarser one.
     """
@@ -55,14 +57,35 @@ def expose(
     base = 0.60 * (1 - np.exp(-water_mm / technique.contrast_mm)) * opening
     base += technique.border * (1 - opening) + skeleton.values * contrast
     base += 0.35 * sigma * rng.standard_normal(base.shape, np.float32)
-    shape = spine.values.shape
-    film = spine.values * _enlarged(contrast, shape)
-    film += _enlarged(base, shape)
-    # Noise of constant blur on the patient: each pixel of a coarser image gathers more quanta.
-    noise = rng.standard_normal(shape, np.float32)
-    noise *= _enlarged(sigma * min(1.0, 0.2 / spine.mm_per_px), shape)
-    film += noise
-    return np.asarray(film)
+    # A film of constant blur on the patient: each pixel of a coarser one gathers more quanta.
+    sigma *= min(1.0, 0.2 / spine.mm_per_px)
+    _develop(spine.values, base, contrast, sigma, rng)
+    return spine.values
+
+
+def _develop(
+    film: np.ndarray,
+    base: np.ndarray,
+    contrast: np.ndarray,
+    sigma: np.ndarray,
+    rng: np.random.Generator,
+) -> None:
+    """Turn `film` into film * contrast + base + noise of `sigma`, in place.
+
+    The three maps are coarse. Band by band, all of it stays in the processor's cache.
+    """
+    factor = _factor(base.shape, film.shape)
+    maps = [Image.fromarray(np.asarray(values, np.float32)) for values in (contrast, base, sigma)]
+    band_rows = max(1, _BAND_ROWS // factor)
+    for first in range(0, base.shape[0], band_rows):
+        last = min(first + band_rows, base.shape[0])
+        band = film[first * factor : last * factor]
+        gain, offset, spread = (_enlarged(image, factor, first, last, band.shape) for image in maps)
+        band *= gain
+        band += offset
+        noise = rng.standard_normal(band.shape, np.float32)
+        noise *= spread
+        band += noise
 
 
 def _organs(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
@@ -72,7 +95,9 @@ def _organs(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
         step_px = max(1, int(scale_mm / 3 / canvas.mm_per_px))
         small = [-(-n // step_px) + 1 for n in factor.shape]
         noise = gaussian_filter(rng.standard_normal(small, np.float32), 2.0)
-        factor += strength * _enlarged(noise / (float(noise.std()) + 1e-6), factor.shape)
+        image = Image.fromarray(noise / (float(noise.std()) + 1e-6))
+        grown = _factor(noise.shape, factor.shape)
+        factor += strength * _enlarged(image, grown, 0, image.height, factor.shape)
     return factor
 
 
@@ -88,12 +113,16 @@ def _opening(canvas: Canvas, technique: Technique) -> np.ndarray:
     return np.asarray(np.outer(*ramps), np.float32)
 
 
-def _enlarged(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return `values`, read-only, enlarged by the whole factor that covers `shape`, and cropped."""
-    factor = -(-shape[0] // values.shape[0])
-    factor = max(factor, -(-shape[1] // values.shape[1]))
-    if factor > 1:
-        size = (values.shape[1] * factor, values.shape[0] * factor)
-        image = Image.fromarray(np.asarray(values, np.float32))
-        values = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-    return values[: shape[0], : shape[1]]
+def _factor(coarse: tuple[int, ...], fine: tuple[int, ...]) -> int:
+    """Return the whole factor by which `coarse` has to grow to cover `fine`."""
+    return max(-(-n_fine // n) for n, n_fine in zip(coarse, fine, strict=True))
+
+
+def _enlarged(
+    image: Image.Image, factor: int, first: int, last: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return rows `first` to `last` of `image`, `factor` times larger, cropped to `shape`."""
+    size = (image.width * factor, (last - first) * factor)
+    box = (0, first, image.width, last)
+    enlarged = image.resize(size, Image.Resampling.BILINEAR, box=box)
+    return np.asarray(enlarged)[: shape[0], : shape[1]]

@@ -155,7 +155,8 @@ def rendered_strips(renderer: SlideRenderer, strip_px: int, threads: int) -> Ite
 @lru_cache(maxsize=1)
 def _packed_texture() -> NDArray[np.uint16]:
     texture = stroma_texture().astype(np.uint16)
-    return (texture[..., 0] << 8 | texture[..., 1]).reshape(-1)
+    packed: NDArray[np.uint16] = np.bitwise_or(texture[..., 0] << 8, texture[..., 1])
+    return packed.reshape(-1)
 
 
 @lru_cache(maxsize=1)

@@ -105,7 +105,7 @@ def _smooth_noise(rng: np.random.Generator, n_cells: int, scale_px: float) -> Fl
 
 
 def _tissue(rng: np.random.Generator, n_cells: int) -> Floats:
-    """Return one or two sections with ragged outlines, a tear or two and a few fat lobules."""
+    """Return one or two sections with ragged outlines, some of them torn."""
     y, x = (np.mgrid[0:n_cells, 0:n_cells] + 0.5) / n_cells
     size_px = n_cells * CELL_PX
     two = rng.uniform() < 0.3
@@ -154,17 +154,20 @@ def _glands(
     glandular = _smooth_noise(rng, n_cells, 520) > 0.0
     free = inner_px > 55
     yy, xx = np.mgrid[0:n_cells, 0:n_cells] * CELL_PX + CELL_PX // 2
-    for y, x in spots:
-        free &= np.hypot(yy - y, xx - x) > 105
+    for spot_y, spot_x in spots:
+        free &= np.hypot(yy - spot_y, xx - spot_x) > 105
     stamps = []
     bank = sprite_bank().gland
-    lattice = np.arange(0, n_cells * CELL_PX, _GLAND_SPACING_PX)
+    lattice = np.arange(0, n_cells * CELL_PX, _GLAND_SPACING_PX).tolist()
     for row, y in enumerate(lattice):
         for x in lattice:
             jitter_y, jitter_x = rng.normal(0, 0.11 * _GLAND_SPACING_PX, 2)
             sprite = bank[rng.integers(len(bank))]
             skip = rng.uniform() < 0.12
-            at_y, at_x = y + jitter_y, x + jitter_x + (row % 2) * _GLAND_SPACING_PX / 2
+            at_y, at_x = (
+                y + float(jitter_y),
+                x + float(jitter_x) + (row % 2) * _GLAND_SPACING_PX / 2,
+            )
             cell = int(at_y) // CELL_PX, int(at_x) // CELL_PX
             if skip or max(cell) >= n_cells or min(at_y, at_x) < 0:
                 continue
@@ -182,9 +185,7 @@ def _cluster(
     strength = rng.uniform(0.75, 1)
     radius_px = 0.66 * _NUCLEUS_SPACING_PX * math.sqrt(n_nuclei)
     places = _apart(_disc(rng, spot, radius_px, 12 * n_nuclei), n_nuclei, _NUCLEUS_SPACING_PX)
-    stamps = [
-        _centred(bank[rng.integers(len(bank))].faded(strength), y, x) for y, x in places
-    ]
+    stamps = [_centred(bank[rng.integers(len(bank))].faded(strength), y, x) for y, x in places]
     if nest:
         yy, xx = np.ogrid[0 : len(mask), 0 : len(mask)]
         away_px = np.hypot(yy * CELL_PX + 8 - spot[0], xx * CELL_PX + 8 - spot[1])

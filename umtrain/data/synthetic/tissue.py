@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
 
 Floats = NDArray[np.floating]
 Stains = NDArray[np.uint8]
@@ -37,7 +38,7 @@ class Sprite:
         return float(((1 - transmitted) * self.opacity).sum() / 255)
 
     def faded(self, strength: float) -> "Sprite":
-        """Return the sprite at `strength` (0 to 1) of its opacity: stained less, or out of focus."""
+        """Return the sprite at `strength` (0 to 1) of its opacity, as if stained less."""
         return replace(self, opacity=_to_uint8(self.opacity * strength))
 
     def turned(self, quarter_turns: int, mirrored: bool) -> "Sprite":
@@ -98,7 +99,7 @@ def stroma_texture() -> Stains:
     haematoxylin = 20 + 4 * fibres + 4 * grain + 5 * bundles - 20 * clefts
     planes = np.stack([haematoxylin, eosin], axis=-1)
     _stamp_spindles(rng, planes, sway)
-    return np.clip(planes, 0, 255).astype(np.uint8)
+    return _to_uint8(planes)
 
 
 def tileable_noise(
@@ -113,8 +114,9 @@ def tileable_noise(
     along_x = np.exp(-((math.pi * np.fft.rfftfreq(n_px) * scale_x_px) ** 2) / 2)
     spectrum *= along_y[:, None] * along_x[None, :]
     spectrum[0, 0] = 0
-    noise = np.fft.irfft2(spectrum, (n_px, n_px))
-    return (noise / noise.std()).astype(np.float32)
+    noise: Floats = np.fft.irfft2(spectrum, (n_px, n_px)).astype(np.float32)
+    noise /= noise.std()
+    return noise
 
 
 def _sheared(field: Floats, row: Floats, sway: Floats) -> Floats:
@@ -205,7 +207,8 @@ def _huddle(rng: np.random.Generator, footprint: NDArray[np.bool_]) -> Floats:
     places = lattice @ np.array([[cos, -sin], [sin, cos]]) + rng.uniform(-3, 3, 2)
     places += rng.normal(0, 0.5, places.shape)
     spread = np.linalg.inv(np.cov((np.argwhere(footprint) - len(footprint) // 2).T))
-    return places[np.argsort(np.einsum("pi,ij,pj->p", places, spread, places))]
+    nearest: Floats = places[np.argsort(np.einsum("pi,ij,pj->p", places, spread, places))]
+    return nearest
 
 
 def _pale_nucleus(rng: np.random.Generator) -> Sprite:
@@ -319,12 +322,13 @@ def _trimmed(sprite: Sprite) -> Sprite:
     )
 
 
-def _blurred(field: Floats) -> Floats:
+def _blurred(noise: Floats) -> Floats:
     """Return noise smoothed over about 3 px, with deviation 1."""
-    for axis in (0, 1):
-        field = field + np.roll(field, 1, axis) + np.roll(field, -1, axis)
-    return (field / field.std()).astype(np.float32)
+    blurred: Floats = uniform_filter(noise.astype(np.float32), 3, mode="wrap")
+    blurred /= blurred.std()
+    return blurred
 
 
 def _to_uint8(field: Floats) -> Stains:
-    return np.clip(np.round(field), 0, 255).astype(np.uint8)
+    rounded: Stains = np.clip(np.round(field), 0, 255).astype(np.uint8)
+    return rounded
