@@ -4,7 +4,6 @@ from umtrain.data.manifest import Manifest, Slide
 from umtrain.data.table import listed, near_hint
 from umtrain.errors import ConfigError, ManifestError
 
-
 # Words for "nothing found": where one of two classes is called so, the other is the positive one.
 _NEGATIVE_WORDS = frozenset(
     ("0", "negative", "neg", "normal", "benign", "healthy", "control", "no", "none", "false")

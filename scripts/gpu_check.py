@@ -1,0 +1,235 @@
+"""Contract and throughput of every memory strategy on a GPU; see gpu_check.sh.
+
+Contract: each strategy against vanilla, on three networks in two precisions, with deterministic
+kernels: losses, gradients and running statistics bit by bit. `vanilla` against itself is among
+the rows, so that a difference that is the kernels' own is told from one of a strategy's.
+Throughput: ResNet-50, images/s over timed steps after warm-up, strategies in turn.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+from torch import Tensor, nn
+
+from umtrain import memory, models
+
+SHAPES = {
+    "resnet50": (2, 3, 256, 256),
+    "resnet101": (2, 3, 192, 192),
+    "resunet35": (2, 1, 256, 256),
+}
+STRATEGIES = ("vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint", "placement")
+MANAGED_LIMIT_BYTES = 8 * 2**30
+N_STEPS = 5
+N_WARM_UP_STEPS = 3
+N_TIMED_STEPS = 10
+TIME_LIMIT_S = 420
+
+
+def managed_limit_bytes() -> int:
+    return min(MANAGED_LIMIT_BYTES, torch.cuda.mem_get_info()[0] // 4)
+
+
+def options_for(name: str, build: Callable[[], nn.Module], room_bytes: int) -> dict[str, object]:
+    """Return options under which there is something to move, and never too much of it."""
+    options: dict[str, object] = {"device": "cuda", "host_budget": managed_limit_bytes()}
+    if name == "placement":
+        options["cpu_layers"] = [next(n for n, m in build().named_children() if any(m.children()))]
+    if name.startswith("um"):
+        parameters = sum(p.numel() * p.element_size() for p in build().parameters())
+        options["device_budget"] = 2 * parameters + room_bytes
+    return options
+
+
+def train(
+    name: str, model: nn.Module, shape: tuple[int, ...], bf16: bool, options: dict[str, object]
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Return what training leaves behind (on the CPU), and the figures of the last step."""
+    model = model.cuda().train().to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    strategy = memory.create(name, **options)
+    left: dict[str, Tensor] = {}
+    try:
+        for index in range(N_STEPS):
+            batch = torch.randn(shape, generator=generator).cuda()
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            if index == 0:
+                with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                    strategy.prepare(model, batch)
+            optimizer.zero_grad()
+            with strategy.step():
+                with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                    output = model(batch)
+                loss = output.float().square().mean()
+                loss.backward()
+            optimizer.step()
+            left[f"loss {index}"] = loss.detach().cpu()
+        left |= {
+            f"grad {n}": p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None
+        }
+        left |= {n: value.cpu() for n, value in model.state_dict().items()}
+        figures = asdict(strategy.stats())
+    finally:
+        strategy.close()
+        torch.cuda.synchronize()
+    return left, figures
+
+
+def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    differences = [0.0]
+    for name, value in left.items():
+        scale = value.double().abs().max().item() or 1.0
+        gap = (value.double() - right[name].double()).abs().max().item()
+        differences.append(gap / scale)
+    return max(differences)
+
+
+def check_contract(rows: list[dict[str, object]]) -> None:
+    for model_name, shape in SHAPES.items():
+        torch.manual_seed(0)
+        fresh = models.create(model_name, in_channels=shape[1], n_outputs=2)
+
+        def build(fresh: nn.Module = fresh) -> nn.Module:
+            return deepcopy(fresh)
+
+        for bf16 in (False, True):
+            expected, _ = train("vanilla", build(), shape, bf16, {"device": "cuda"})
+            for name in ("vanilla", *STRATEGIES):
+                row = {"model": model_name, "precision": "bf16" if bf16 else "fp32", "memory": name}
+                rows.append(row | check_one(name, build, shape, bf16, expected))
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+
+
+def check_one(
+    name: str,
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    bf16: bool,
+    expected: dict[str, Tensor],
+) -> dict[str, object]:
+    try:
+        options = options_for(name, build, 16 * 2**20) if name != "vanilla" else {"device": "cuda"}
+        left, figures = train(name, build(), shape, bf16, options)
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    difference = largest_difference(expected, left)
+    return {
+        "same_bits": all(torch.equal(expected[key], left[key]) for key in expected),
+        "largest_relative_difference": difference,
+        "swapped_out_bytes": figures["swapped_out_bytes"],
+        "swapped_in_bytes": figures["swapped_in_bytes"],
+        "prefetch_hits": figures["prefetch_hits"],
+        "prefetch_late": figures["prefetch_late"],
+    }
+
+
+def measure_throughput(res: int, batch_size: int, deadline_s: float) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    fresh = models.create("resnet50", in_channels=3, n_outputs=2)
+    rows = []
+    for name in ("vanilla", *STRATEGIES):
+        if time.monotonic() > deadline_s:
+            rows.append({"memory": name, "res": res, "error": "left out: out of time"})
+            continue
+        try:
+            rows.append(time_steps(name, fresh, res, batch_size))
+        except Exception as error:
+            traceback.print_exc()
+            rows.append({"memory": name, "res": res, "error": f"{type(error).__name__}: {error}"})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def time_steps(name: str, fresh: nn.Module, res: int, batch_size: int) -> dict[str, object]:
+    model = deepcopy(fresh).cuda().train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    batch = torch.randn(batch_size, 3, res, res, device="cuda")
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    options = {"device": "cuda"}
+    if name != "vanilla":
+        options = options_for(name, lambda: deepcopy(fresh), 2**30)
+    torch.cuda.empty_cache()
+    strategy = memory.create(name, **options)
+    times_s = []
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            strategy.prepare(model, batch)
+        for _ in range(N_WARM_UP_STEPS + N_TIMED_STEPS):
+            torch.cuda.synchronize()
+            start_s = time.perf_counter()
+            optimizer.zero_grad()
+            with strategy.step():
+                with torch.autocast("cuda", torch.bfloat16):
+                    output = model(batch)
+                output.float().square().mean().backward()
+            optimizer.step()
+            torch.cuda.synchronize()
+            times_s.append(time.perf_counter() - start_s)
+        figures = asdict(strategy.stats())
+    finally:
+        strategy.close()
+    rates = [batch_size / step_s for step_s in times_s[N_WARM_UP_STEPS:]]
+    return {
+        "memory": name,
+        "res": res,
+        "batch_size": batch_size,
+        "precision": "bf16",
+        "images_per_s": {"mean": statistics.mean(rates), "std": statistics.stdev(rates)},
+        "memory_use": figures,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--res", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--batch-size", type=int, default=4)
+    arguments = parser.parse_args()
+    start_s = time.monotonic()
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    contract: list[dict[str, object]] = []
+    check_contract(contract)
+    torch.use_deterministic_algorithms(False)
+    deadline_s = start_s + TIME_LIMIT_S
+    throughput = [
+        row
+        for res in arguments.res
+        for row in measure_throughput(res, arguments.batch_size, deadline_s)
+    ]
+    failed = [row for row in contract if "error" in row or not is_as_expected(row)]
+    document = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "managed_limit_bytes": managed_limit_bytes(),
+        "seconds": time.monotonic() - start_s,
+        "contract_failed": failed,
+        "contract": contract,
+        "throughput": throughput,
+    }
+    print(json.dumps(document, indent=1))
+    return 1 if failed else 0
+
+
+def is_as_expected(row: dict[str, object]) -> bool:
+    """Return whether a contract row is fine: same bits, but for layers placed on the CPU."""
+    return bool(row["same_bits"]) or row["memory"] == "placement"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

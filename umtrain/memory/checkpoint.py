@@ -1,0 +1,131 @@
+"""Gradient checkpointing: groups keep their input only and run forward again in backward.
+
+Chen et al., "Training deep nets with sublinear memory cost" (2016).
+
+# Note: [Buffers of a group that runs twice]
+# The second run must see the buffers of the first and leave no trace in them: BatchNorm would
+# count each batch twice. So a group's buffers are copied before it runs, the second run works
+# on such copies, and the real ones are put back after it. Exact for any module.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from umtrain.memory.base import Strategy
+from umtrain.memory.grouping import block_names, group_limit_bytes
+from umtrain.memory.working_set import (
+    LayerUse,
+    WorkingSets,
+    measure_working_sets,
+    working_set_bytes,
+)
+
+
+class Checkpoint(Strategy):
+    """Recomputes blocks (`grouping=blocks`) or runs of blocks up to a working set (`equal`).
+
+    Random numbers are the same in both runs. Layers outside of blocks keep what they save.
+    """
+
+    name: ClassVar[str] = "checkpoint"
+
+    def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
+        blocks = {name: model.get_submodule(name) for name in sorted(block_names(model))}
+        if self.options.grouping == "equal":
+            measured = measure_working_sets(model, sample_batch)
+            limit_bytes = group_limit_bytes(measured, self.options)
+            for name, container in _sequentials_of(model, blocks):
+                runs = _unite(name, container, measured, limit_bytes)
+                self._replace_forward(container, partial(_run_in_turn, runs))
+                blocks = {n: b for n, b in blocks.items() if not n.startswith(f"{name}.")}
+        for block in blocks.values():
+            self._replace_forward(block, partial(_run_twice, [block], block.forward))
+        return model
+
+    def _replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self._cleanup.callback(delattr, module, "forward")
+
+
+def _sequentials_of(
+    model: nn.Module, blocks: dict[str, nn.Module]
+) -> list[tuple[str, nn.Sequential]]:
+    """Return the Sequentials that hold blocks, and nothing but blocks."""
+    sequentials = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Sequential)]
+    return [
+        (name, module)
+        for name, module in sequentials
+        if len(module) and all(f"{name}.{child}" in blocks for child, _ in module.named_children())
+    ]
+
+
+def _unite(
+    name: str, container: nn.Sequential, measured: WorkingSets, limit_bytes: int
+) -> list[list[nn.Module]]:
+    """Return runs of consecutive blocks whose working sets stay within the limit."""
+    runs: list[list[nn.Module]] = []
+    layers: list[LayerUse] = []
+    for child_name, child in container.named_children():
+        own = [use for use in measured.layers if use.name.startswith(f"{name}.{child_name}.")]
+        if runs and working_set_bytes([*layers, *own]) <= limit_bytes:
+            runs[-1].append(child)
+            layers += own
+        else:
+            runs.append([child])
+            layers = own
+    return runs
+
+
+def _run_in_turn(runs: Sequence[Sequence[nn.Module]], value: Any) -> Any:
+    for run in runs:
+        value = _run_twice(run, partial(_chain, run), value)
+    return value
+
+
+def _chain(modules: Sequence[nn.Module], value: Any) -> Any:
+    for module in modules:
+        value = module(value)
+    return value
+
+
+def _run_twice(
+    modules: Sequence[nn.Module], function: Callable[..., Any], *arguments: Any, **keywords: Any
+) -> Any:
+    """Run `function` now and, where gradients are wanted, again in backward."""
+    if not torch.is_grad_enabled():
+        return function(*arguments, **keywords)
+    again = _BuffersAsBefore(modules)
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), again
+
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts, **keywords)
+
+
+class _BuffersAsBefore(AbstractContextManager[None]):
+    """Inside it, modules have copies of the buffers that they had when it was made."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._owners = [inner for module in modules for inner in module.modules()]
+        self._before = [
+            {name: None if b is None else b.clone() for name, b in owner._buffers.items()}
+            for owner in self._owners
+        ]
+        self._real: list[dict[str, torch.Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self._real = [dict(owner._buffers) for owner in self._owners]
+        for owner, before in zip(self._owners, self._before, strict=True):
+            owner._buffers.update(
+                {name: None if b is None else b.clone() for name, b in before.items()}
+            )
+
+    def __exit__(self, *exception: object) -> None:
+        for owner, real in zip(self._owners, self._real, strict=True):
+            owner._buffers.update(real)

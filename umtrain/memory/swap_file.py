@@ -1,0 +1,89 @@
+"""Swapping to the spill file by explicit reads and writes in I/O threads."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from umtrain.memory.layout import Layout
+from umtrain.memory.spill import SpillBlock, SpillFile
+from umtrain.memory.swap import Channel, HostCopy
+from umtrain.memory.trace import Trace, now_s
+
+
+class FileCopy(HostCopy):
+    """A storage span in the spill file."""
+
+    def __init__(self, channel: "FileChannel", block: SpillBlock) -> None:
+        self._channel = channel
+        self._block = block
+        self._out: Future[None] | None = None
+        self._in: Future[torch.Tensor] | None = None
+
+    def start_out(self, source: torch.Tensor, layout: Layout) -> None:
+        """See `HostCopy`."""
+        self._out = self._channel.outward.submit(self._write, source, layout)
+
+    def is_out(self) -> bool:
+        """See `HostCopy`."""
+        return self._out is not None and self._out.done()
+
+    def wait_out(self) -> None:
+        """See `HostCopy`."""
+        assert self._out is not None
+        self._out.result()
+
+    def start_in(self) -> None:
+        """See `HostCopy`."""
+        self._in = self._channel.inward.submit(self._read)
+
+    def is_in(self) -> bool:
+        """See `HostCopy`."""
+        return self._in is not None and self._in.done()
+
+    def take_in(self) -> torch.Tensor:
+        """See `HostCopy`."""
+        assert self._in is not None
+        room, self._in = self._in.result(), None
+        return room
+
+    def _write(self, source: torch.Tensor, layout: Layout) -> None:
+        start_s = now_s()
+        self._block.write(source, layout)
+        self._channel.trace.add("swap-out", "write", start_s, self._block.n_bytes)
+
+    def _read(self) -> torch.Tensor:
+        start_s = now_s()
+        room = self._block.read()
+        self._channel.trace.add("swap-in", "read", start_s, self._block.n_bytes)
+        return room
+
+
+class FileChannel(Channel):
+    """The spill file, one thread writing, one reading."""
+
+    def __init__(
+        self, directory: Path | None, reserve_bytes: int, limit_bytes: int | None, trace: Trace
+    ) -> None:
+        self._spill = SpillFile(directory, reserve_bytes, limit_bytes)
+        self.trace = trace
+        self.outward = ThreadPoolExecutor(1, thread_name_prefix="swap-out")
+        self.inward = ThreadPoolExecutor(1, thread_name_prefix="swap-in")
+
+    def serves(self, tensor: torch.Tensor) -> bool:
+        """See `Channel`."""
+        return tensor.device.type == "cpu"
+
+    def reserve(self, layout: Layout) -> FileCopy:
+        """See `Channel`."""
+        return FileCopy(self, self._spill.take(layout.room_bytes))
+
+    def used_bytes(self) -> int:
+        """See `Channel`."""
+        return self._spill.used_bytes
+
+    def close(self) -> None:
+        """See `Channel`."""
+        self.outward.shutdown()
+        self.inward.shutdown()
+        self._spill.close()
