@@ -201,6 +201,20 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     return values
 
 
+def run_identity(config: RunConfig) -> dict[str, Any]:
+    """Return what tells runs apart in a record."""
+    return {
+        "dataset": config.dataset.name,
+        "model": config.model.name,
+        "res": config.res,
+        "batch_size": config.batch_size,
+        "memory": config.memory.name,
+        "precision": config.precision,
+        "device": config.device,
+        "seed": config.seed,
+    }
+
+
 def check_config(config: RunConfig) -> None:
     """Raise ConfigError for any value or combination that could not run, before data is touched."""
     _check_choices(config)

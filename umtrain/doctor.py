@@ -14,6 +14,7 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import UID, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
 from umtrain.device import cpu_has_bf16, device_name
+from umtrain.errors import DeviceError
 from umtrain.units import format_bytes
 
 _PROBE_BYTES = 256 * 2**20
@@ -33,6 +34,7 @@ def examine(spill_dir: Path | None = None) -> list[Finding]:
     folder = spill_dir or Path(tempfile.gettempdir())
     return [
         _processor(),
+        _load(),
         _memory(),
         *_gpu(),
         _spill_disk(folder),
@@ -42,14 +44,21 @@ def examine(spill_dir: Path | None = None) -> list[Finding]:
 
 
 def _processor() -> Finding:
-    found = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
-    if cpu_has_bf16():
-        return Finding("processor", f"{found}, bf16 instructions")
-    return Finding(
-        "processor",
-        f"{found}, no bf16 instructions",
-        "precision=auto takes fp32 here; bf16 would be slower",
-    )
+    n_cores = len(os.sched_getaffinity(0))
+    found = f"{device_name(torch.device('cpu'))}, {n_cores} cores, "
+    if not cpu_has_bf16():
+        advice = "precision=auto takes fp32 here; bf16 would be slower"
+        return Finding("processor", f"{found}no bf16 instructions", advice)
+    return Finding("processor", f"{found}bf16 instructions")
+
+
+def _load() -> Finding:
+    n_cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    advice = ""
+    if load > 0.5 * n_cores:
+        advice = "others compute here: OMP_WAIT_POLICY=PASSIVE keeps torch's threads from spinning"
+    return Finding("load", f"{load:.1f} on {n_cores} cores", advice)
 
 
 def _memory() -> Finding:
@@ -79,12 +88,13 @@ def _managed_memory() -> Finding:
         return Finding(
             "managed memory", "cupy is not installed", "pip install 'umtrain[cuda]' for memory=um*"
         )
-    from umtrain.memory.pool_cuda import managed_access_reason
+    from umtrain.memory.pool_cuda import require_concurrent_managed_access
 
-    reason = managed_access_reason()
-    if reason is None:
-        return Finding("managed memory", "concurrent managed access")
-    return Finding("managed memory", reason, "memory=um* is refused here; use memory=lms")
+    try:
+        require_concurrent_managed_access()
+    except DeviceError as error:
+        return Finding("managed memory", str(error), "memory=um* is refused here; use memory=lms")
+    return Finding("managed memory", "concurrent managed access")
 
 
 def _spill_disk(folder: Path) -> Finding:

@@ -13,10 +13,12 @@ from typing import Any, cast, get_args
 
 import torch
 import yaml
+from rich.table import Table
+from torch import nn
 
 from umtrain import memory, tasks
 from umtrain.checkpoint import BEST, FOLDER, load_checkpoint
-from umtrain.config import RunConfig, config_from_dict, config_to_dict
+from umtrain.config import RunConfig, config_from_dict, config_to_dict, run_identity
 from umtrain.console import Console, format_duration
 from umtrain.data.demo import demo_manifest, demo_spec
 from umtrain.data.manifest import Kind, Split, read_manifest
@@ -24,11 +26,14 @@ from umtrain.device import device_name, resolve_device, resolve_precision
 from umtrain.errors import ConfigError, OutOfMemoryError, RunError
 from umtrain.files import write_text
 from umtrain.memory.allocator import recycle_large_buffers
+from umtrain.memory.base import Strategy
+from umtrain.memory.grouping import group_rows, make_groups
+from umtrain.memory.working_set import measure_working_sets
 from umtrain.report import html, plots
 from umtrain.report.record import Record, environment, read_record, write_record
-from umtrain.report.tables import run_table
+from umtrain.report.tables import group_table, run_table
 from umtrain.tasks import AnyManifest, Row, Task
-from umtrain.training import Trainer, inference
+from umtrain.training import Trainer, autocast, inference, input_dtype
 
 RUNS = Path("runs")
 PREDICTIONS = "predictions.csv"
@@ -156,14 +161,7 @@ def _new_record(command: str, task: Task, device: torch.device) -> Record:
     return {
         "status": "failed",
         "command": command,
-        "dataset": config.dataset.name,
-        "model": config.model.name,
-        "res": config.res,
-        "batch_size": config.batch_size,
-        "memory": config.memory.name,
-        "precision": config.precision,
-        "device": config.device,
-        "seed": config.seed,
+        **run_identity(config),
         "throughput": None,
         "memory_use": None,
         "train": None,
@@ -232,8 +230,12 @@ def _train(
         for item in dataclasses.fields(config.memory)
         if item.name not in ("name", "show_groups")
     }
+    if config.trace:
+        options["trace"] = run_dir
     strategy = memory.create(config.memory.name, device=device.type, **options)
     try:
+        if config.memory.show_groups:
+            console.show(_groups(task, model, strategy, device))
         trainer = Trainer(task, model, strategy, device, run_dir, console)
         try:
             trainer.fit()
@@ -249,6 +251,13 @@ def _train(
             record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
     finally:
         strategy.close()
+
+
+def _groups(task: Task, model: nn.Module, strategy: Strategy, device: torch.device) -> Table:
+    precision = task.config.precision
+    with autocast(device, precision):
+        measured = measure_working_sets(model, task.sample_input(device, input_dtype(precision)))
+    return group_table(group_rows(make_groups(model, measured, strategy.options)))
 
 
 def _test(

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Group
 from rich.live import Live
 
-from umtrain.config import RunConfig, load_config, quoted, sweep_axes
+from umtrain.config import RunConfig, load_config, quoted, run_identity, sweep_axes
 from umtrain.console import Console, format_duration
 from umtrain.errors import RunError
 from umtrain.files import write_json, write_text
@@ -164,18 +164,10 @@ def _set_aside(run_dir: Path) -> None:
 def _lost_record(job: Job, code: int, last_line: str) -> Record:
     """Return the row of a job that ended before it could write a record."""
     ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
-    config = job.config
     return {
         "status": "failed",
         "command": "fit",
-        "dataset": config.dataset.name,
-        "model": config.model.name,
-        "res": config.res,
-        "batch_size": config.batch_size,
-        "memory": config.memory.name,
-        "precision": config.precision,
-        "device": config.device,
-        "seed": config.seed,
+        **run_identity(job.config),
         "reasons": {"status": f"ended by {ended} before it wrote a record: {last_line}"},
     }
 

@@ -36,6 +36,7 @@ class Strategy(ABC):
         self.trace = Trace()
         self._budget: DeviceBudget = NoBudget()
         self._cleanup = ExitStack()
+        self._trace_folder = options.trace
 
     def prepare(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         """Attach to `model` and enforce the budget; returns the module to train with.
@@ -72,8 +73,16 @@ class Strategy(ABC):
         return self._meter.stats()
 
     def close(self) -> None:
-        """Give back memory, threads and the enforced budget; the model is as it was before."""
+        """Give back memory, threads and the enforced budget; the model is as it was before.
+
+        Writes trace.json and timeline.png where a trace was asked for.
+        """
         self._cleanup.close()
+        folder, self._trace_folder = self._trace_folder, None
+        if folder is not None:
+            from umtrain.memory.timeline import write_timeline
+
+            write_timeline(self.trace, folder, f"memory={self.name}")
 
     def _enforce_budget(self, model: nn.Module) -> DeviceBudget:
         return enforce_budget(self.options.device, self.options.device_budget_bytes, model)

@@ -13,7 +13,7 @@ from umtrain.memory.working_set import leaf_modules
 
 
 class GroupTracker:
-    """Calls back when forward enters a group; the position is known at any time.
+    """Calls back when forward or backward enters a group; `current` is where the step is.
 
     A layer that runs several times in a step belongs to a different group each time.
     """
@@ -21,6 +21,7 @@ class GroupTracker:
     def __init__(self, model: nn.Module, groups: Sequence[Group], trace: Trace) -> None:
         self.groups = groups
         self.on_forward_entry: Callable[[int], None] = lambda group: None
+        self.on_backward_entry: Callable[[int], None] = lambda group: None
         self._trace = trace
         self._model = model
         self._calls: Counter[str] = Counter()
@@ -58,12 +59,11 @@ class GroupTracker:
 
         return enter
 
-    def backward_reached(self, group: int) -> bool:
-        """Note that backward reads a tensor of `group`; True if it was elsewhere before."""
-        if self._lane == "backward" and group == self.current:
-            return False
-        self._move_to(group, "backward")
-        return True
+    def backward_reads(self, group: int) -> None:
+        """Note that backward reads what `group` saved."""
+        if self._lane == "forward" or group != self.current:
+            self._move_to(group, "backward")
+            self.on_backward_entry(group)
 
     def end_step(self) -> None:
         """Close the span of the group that ran last."""

@@ -7,7 +7,7 @@ largest tensor.
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from umtrain.memory.channels import create_channel
 from umtrain.memory.hooked import HookedStrategy
 from umtrain.memory.saved import Mover
 from umtrain.memory.swap import Swapper
-from umtrain.memory.working_set import measure_working_sets
+from umtrain.memory.working_set import WorkingSets
 
 
 class LargeModelSupport(HookedStrategy):
@@ -23,8 +23,7 @@ class LargeModelSupport(HookedStrategy):
 
     name: ClassVar[str] = "lms"
 
-    def _create_mover(self, model: nn.Module, sample_batch: Any) -> Mover:
-        measured = measure_working_sets(model, sample_batch)
+    def _create_mover(self, model: nn.Module, measured: WorkingSets) -> Mover:
         channel = create_channel(self.options, measured.saved_bytes, self.trace)
         self._cleanup.callback(channel.close)
         window_bytes = self.options.prefetch_depth * measured.largest_saved_bytes

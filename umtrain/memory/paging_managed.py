@@ -25,6 +25,8 @@ MANAGED_BLOCK_BYTES = 2 * 2**20
 class ManagedBlock(Paged):
     """A saved tensor in managed memory, and where its pages were last asked to go."""
 
+    is_in = False
+
     def __init__(self, pager: "ManagedPager", tensor: torch.Tensor, layout: Layout) -> None:
         self._pager = pager
         self._tensor = tensor

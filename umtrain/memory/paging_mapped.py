@@ -31,7 +31,19 @@ class _Pages:
     n_bytes: int
     is_in: bool = True
     is_clean: bool = False
-    pending: Future[None] | None = None
+    is_prefetched: bool = False
+    migration: Future[None] | None = None
+
+    @property
+    def is_migrating(self) -> bool:
+        """Return whether a thread is busy with them."""
+        return self.migration is not None and not self.migration.done()
+
+    def finish(self) -> None:
+        """Wait for the thread that is busy with them; raises what it raised."""
+        if self.migration is not None:
+            self.migration.result()
+            self.migration = None
 
 
 class MappedBlock(Paged):
@@ -98,14 +110,7 @@ class MappedPager(Pager):
         """Wait for a migration of `block` in flight; if it is out, let page faults fetch it."""
         self._spill.collect()
         pages = self._pages[block.block.offset]
-        counters = self._meter.counters
-        if pages.pending is not None:
-            if not pages.pending.done():
-                self._wait(pages)
-                counters.add(prefetch_late=1)
-            elif pages.is_in:
-                counters.add(prefetch_hits=1)
-            pages.pending = None
+        self._finish_migration(pages)
         if not pages.is_in:
             self._make_room(pages.n_bytes)
             self._count_in(pages)
@@ -119,7 +124,8 @@ class MappedPager(Pager):
         start_s, n_bytes = now_s(), 0
         self._spill.collect()
         for pages in self._pages_of(blocks):
-            if pages.pending is not None or pages.is_in:
+            self._finish_migration(pages)
+            if pages.is_in:
                 continue
             self._make_room(pages.n_bytes)
             self._count_in(pages)
@@ -132,18 +138,19 @@ class MappedPager(Pager):
         """Read ahead in the inward thread, as far as the budget has room."""
         self._spill.collect()
         for pages in self._pages_of(blocks):
-            if pages.is_in or pages.pending is not None:
+            if pages.is_in or pages.is_migrating:
                 continue
             if not self._fits(pages.n_bytes):
                 return
             self._count_in(pages)
-            pages.pending = self._inward.submit(self._read_ahead, name, pages)
+            pages.is_prefetched = True
+            pages.migration = self._inward.submit(self._read_ahead, name, pages)
 
     def evict(self, name: str, blocks: Sequence[Paged]) -> None:
         """Write back and page out in the outward thread."""
         for pages in self._pages_of(blocks):
-            if pages.is_in and pages.pending is None:
-                pages.pending = self._outward.submit(self._page_out, name, pages)
+            if pages.is_in and not pages.is_migrating:
+                pages.migration = self._outward.submit(self._page_out, name, pages)
 
     def close(self) -> None:
         """Stop both threads and give the file back."""
@@ -169,17 +176,23 @@ class MappedPager(Pager):
             if self._in_bytes + n_bytes <= room_bytes:
                 return
             start_s = now_s()
-            if pages.pending is not None:
-                self._wait(pages)
+            pages.finish()
             if pages.is_in:
                 self._page_out("over budget", pages)
             self._meter.counters.add(stall_s=self._trace.add("stall", "making room", start_s))
 
+    def _finish_migration(self, pages: _Pages) -> None:
+        """Wait for what is in flight, and count whether a prefetch was in time."""
+        if pages.is_prefetched:
+            pages.is_prefetched = False
+            in_time = not pages.is_migrating
+            self._meter.counters.add(**{"prefetch_hits" if in_time else "prefetch_late": 1})
+        if pages.is_migrating:
+            self._wait(pages)
+
     def _wait(self, pages: _Pages) -> None:
         start_s = now_s()
-        if pages.pending is not None:
-            pages.pending.result()
-            pages.pending = None
+        pages.finish()
         self._meter.counters.add(stall_s=self._trace.add("stall", "waiting for pages", start_s))
 
     def _count_in(self, pages: _Pages) -> None:
@@ -220,8 +233,7 @@ class MappedPager(Pager):
             pages = self._pages.pop(offset, None)
         if pages is None:
             return
-        if pages.pending is not None:
-            pages.pending.result()
+        pages.finish()
         if pages.is_in:
             with self._lock:
                 self._in_bytes -= pages.n_bytes

@@ -1,5 +1,7 @@
 """Explicit device placement: the named layers compute on the CPU, the rest on the GPU."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -44,16 +46,19 @@ class Placement(Strategy):
 
     def _place_on_cpu(self, module: nn.Module) -> None:
         module.to("cpu")
-        enter = module.register_forward_pre_hook(_arguments_to_cpu)
-        leave = module.register_forward_hook(_output_to_gpu)
         self._cleanup.callback(module.to, self.options.device)
-        self._cleanup.callback(leave.remove)
-        self._cleanup.callback(enter.remove)
+        module.forward = partial(_run_on_cpu, module.forward)
+        self._cleanup.callback(delattr, module, "forward")
 
 
-def _arguments_to_cpu(module: nn.Module, arguments: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), arguments)
+def _run_on_cpu(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Run `forward` on the CPU, under the autocast that the GPU is under."""
+    is_mixed, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    arguments, keywords = _all_to("cpu", (arguments, keywords))
+    with torch.autocast("cpu", dtype, enabled=is_mixed):
+        output = forward(*arguments, **keywords)
+    return _all_to("cuda", output)
 
 
-def _output_to_gpu(module: nn.Module, arguments: Any, output: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cuda"), output)
+def _all_to(device: str, tree: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)

@@ -60,6 +60,8 @@ class ManagedPool:
         # Where torch can, each tensor is a segment of its own: ranges then never share blocks.
         whole = {"no_split": True} if "no_split" in signature(torch.cuda.MemPool).parameters else {}
         self._mem_pool = torch.cuda.MemPool(allocator, **whole)
+        # Never freed, not even as the interpreter ends: torch frees its segments through us.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def limit(self, n_bytes: int) -> None:
         """Never hold more than `n_bytes` of managed memory from now on."""

@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from umtrain.errors import ConfigError
+from umtrain.memory.group_tracker import GroupTracker
 from umtrain.memory.layout import Layout
 from umtrain.memory.tensors import model_storages
 
@@ -56,7 +57,8 @@ class Mover(ABC):
 class _Handle:
     """What autograd holds for a saved tensor: the tensor itself, or where it went."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, group: int) -> None:
+        self.group = group
         self._version = tensor._version
         self._source = TensorWeakRef(tensor)
         self._kept: torch.Tensor | None = tensor.detach()
@@ -99,8 +101,16 @@ class _Sharing:
 class SavedTensors:
     """The pack and unpack hooks of one strategy."""
 
-    def __init__(self, name: str, model: nn.Module, mover: Mover, smallest_bytes: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        mover: Mover,
+        tracker: GroupTracker,
+        smallest_bytes: int,
+    ) -> None:
         self._name = name
+        self._tracker = tracker
         self._model = model
         self._mover = mover
         self._smallest_bytes = smallest_bytes
@@ -114,7 +124,7 @@ class SavedTensors:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> _Handle:
-        handle = _Handle(tensor)
+        handle = _Handle(tensor, self._tracker.current)
         if not self._is_movable(tensor):
             return handle
         layout = Layout.of(tensor)
@@ -153,6 +163,7 @@ class SavedTensors:
                 f"memory={self._name} cannot differentiate twice: backward ran with "
                 "create_graph=True; use memory=vanilla or memory=checkpoint for that"
             )
+        self._tracker.backward_reads(handle.group)
         return handle.load()
 
     def _is_movable(self, tensor: torch.Tensor) -> bool:

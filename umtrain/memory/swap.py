@@ -6,7 +6,7 @@ are saved, back ahead of use, in the reverse order of the last time each was sav
 
 import weakref
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import deque
 
 import torch
 
@@ -68,6 +68,7 @@ class Swapped(Moved):
     """A saved tensor that is on its way out, out, on its way in, or in for its next reader."""
 
     def __init__(self, swapper: "Swapper", source: torch.Tensor, layout: Layout) -> None:
+        self.position = -1
         self._swapper = swapper
         self._version = source._version
         self._readers = 1
@@ -126,8 +127,9 @@ class Swapper(Mover):
         self._window_bytes = window_bytes
         self._meter = meter
         self._trace = trace
-        self._outgoing: list[Swapped] = []
-        self._schedule: OrderedDict[int, weakref.ref[Swapped]] = OrderedDict()
+        self._outgoing: deque[Swapped] = deque()
+        self._outgoing_bytes = 0
+        self._schedule: list[weakref.ref[Swapped]] = []
 
     def start_step(self) -> None:
         """Forget the step before; what it left in flight is finished first."""
@@ -143,15 +145,17 @@ class Swapper(Mover):
         self._finish_outgoing(self._window_bytes)
         swapped = Swapped(self, tensor, layout)
         self._outgoing.append(swapped)
-        self._schedule[id(swapped)] = weakref.ref(swapped)
+        self._outgoing_bytes += swapped.n_bytes
+        self.saved_last(swapped)
         counters = self._meter.counters
         counters.add(swapped_out_bytes=swapped.n_bytes)
         counters.raise_to(host_bytes=self.channel.used_bytes())
         return swapped
 
     def saved_last(self, swapped: Swapped) -> None:
-        """Note that `swapped` was saved again, hence is read earlier in backward."""
-        self._schedule.move_to_end(id(swapped))
+        """Note that `swapped` was saved just now, hence is read before all others in backward."""
+        swapped.position = len(self._schedule)
+        self._schedule.append(weakref.ref(swapped))
 
     def finish_out(self) -> None:
         """Wait until everything is out."""
@@ -175,28 +179,25 @@ class Swapper(Mover):
     def _start_next(self, current: Swapped) -> None:
         """Begin to swap in what comes before `current` in the schedule, a window of it."""
         ahead_bytes = 0
-        is_ahead = False
-        for reference in reversed(self._schedule.values()):
-            swapped = reference()
-            if swapped is current:
-                is_ahead = True
-            elif is_ahead and swapped is not None:
-                ahead_bytes += swapped.n_bytes
-                if ahead_bytes > self._window_bytes:
-                    return
-                swapped.start_in()
+        for position in range(current.position - 1, -1, -1):
+            swapped = self._schedule[position]()
+            if swapped is None or swapped.position != position:
+                continue
+            ahead_bytes += swapped.n_bytes
+            if ahead_bytes > self._window_bytes:
+                return
+            swapped.start_in()
 
     def _finish_outgoing(self, allowed_bytes: int) -> None:
         """Let go of what is out; wait until at most `allowed_bytes` are on their way."""
-        in_flight_bytes = sum(swapped.n_bytes for swapped in self._outgoing)
         while self._outgoing:
             oldest = self._outgoing[0]
             if not oldest.copy.is_out():
-                if in_flight_bytes <= allowed_bytes:
+                if self._outgoing_bytes <= allowed_bytes:
                     return
                 start_s = now_s()
                 oldest.copy.wait_out()
                 self._meter.counters.add(stall_s=self._trace.add("stall", "swap-out", start_s))
-            del self._outgoing[0]
-            in_flight_bytes -= oldest.n_bytes
+            self._outgoing.popleft()
+            self._outgoing_bytes -= oldest.n_bytes
             oldest.let_go()

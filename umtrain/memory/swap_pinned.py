@@ -20,10 +20,10 @@ from umtrain.units import format_bytes
 class PinnedCopy(HostCopy):
     """A storage span in a pinned buffer; the buffer is used again once this object is gone."""
 
-    def __init__(self, channel: "PinnedChannel", layout: Layout) -> None:
+    def __init__(self, channel: "PinnedChannel", layout: Layout, buffer: torch.Tensor) -> None:
         self._channel = channel
         self._layout = layout
-        self._buffer = channel.take(layout.span_bytes)
+        self._buffer = buffer
         self._device = torch.device("cpu")
         self._out: Event | None = None
         self._in: Event | None = None
@@ -86,7 +86,7 @@ class PinnedChannel(Channel):
 
     def reserve(self, layout: Layout) -> PinnedCopy:
         """See `Channel`."""
-        return PinnedCopy(self, layout)
+        return PinnedCopy(self, layout, self.take(layout.span_bytes))
 
     def take(self, n_bytes: int) -> torch.Tensor:
         """Return a pinned buffer of `n_bytes`; raises OutOfMemoryError past the host budget."""

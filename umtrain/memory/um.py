@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -12,11 +12,11 @@ from umtrain.memory.hooked import HookedStrategy
 from umtrain.memory.meters import Meter
 from umtrain.memory.options import Options
 from umtrain.memory.paging import Pager
-from umtrain.memory.paging_managed import ManagedPager
+from umtrain.memory.paging_managed import MANAGED_BLOCK_BYTES, ManagedPager
 from umtrain.memory.paging_mapped import MappedPager
 from umtrain.memory.saved import Mover
 from umtrain.memory.trace import Trace
-from umtrain.memory.working_set import WorkingSets, measure_working_sets
+from umtrain.memory.working_set import WorkingSets
 
 
 class UnifiedMemory(HookedStrategy):
@@ -28,8 +28,13 @@ class UnifiedMemory(HookedStrategy):
 
     name: ClassVar[str] = "um"
 
-    def _create_mover(self, model: nn.Module, sample_batch: Any) -> Mover:
-        self._pager = self._create_pager(measure_working_sets(model, sample_batch))
+    @property
+    def smallest_bytes(self) -> int:
+        """Return from what size on tensors migrate: on CUDA, what the driver moves at once."""
+        return MANAGED_BLOCK_BYTES if self.options.device == "cuda" else super().smallest_bytes
+
+    def _create_mover(self, model: nn.Module, measured: WorkingSets) -> Mover:
+        self._pager = self._create_pager(measured)
         self._cleanup.callback(self._pager.close)
         return self._pager
 

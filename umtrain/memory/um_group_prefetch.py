@@ -44,9 +44,9 @@ class PrefetchingMover(GroupMover):
         self.pager.evict(self.tracker.groups[group].name, ready)
         return len(ready) == len(blocks)
 
-    def before_reading(self, group: int) -> None:
-        """Fault in what is missing of the group; keep the next ones coming."""
-        super().before_reading(group)
+    def before_reading(self) -> None:
+        """Keep the groups that backward enters next coming, as room for them appears."""
+        group = self.tracker.current
         for ahead in range(group - 1, max(-1, group - 1 - self._depth), -1):
             self.pager.prefetch(self.tracker.groups[ahead].name, self.blocks_of(ahead))
 

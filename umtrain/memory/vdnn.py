@@ -17,7 +17,7 @@ from umtrain.memory.channels import create_channel
 from umtrain.memory.hooked import HookedStrategy
 from umtrain.memory.saved import Mover
 from umtrain.memory.swap import Channel, Swapper
-from umtrain.memory.working_set import leaf_modules, measure_working_sets
+from umtrain.memory.working_set import WorkingSets, leaf_modules
 
 
 class LayerInputSwapper(Swapper):
@@ -45,8 +45,7 @@ class Vdnn(HookedStrategy):
 
     name: ClassVar[str] = "vdnn"
 
-    def _create_mover(self, model: nn.Module, sample_batch: Any) -> Mover:
-        measured = measure_working_sets(model, sample_batch)
+    def _create_mover(self, model: nn.Module, measured: WorkingSets) -> Mover:
         channel: Channel = create_channel(self.options, measured.saved_bytes, self.trace)
         self._cleanup.callback(channel.close)
         self._swapper = LayerInputSwapper(

@@ -111,6 +111,17 @@ def sweep_cells(record: Record) -> list[str]:
     ]
 
 
+def group_table(rows: list[tuple[str, int, str]]) -> Table:
+    """Return groups of layers as a table: name, number of layers, working set."""
+    table = Table(title="groups, in forward order")
+    table.add_column("group")
+    table.add_column("layers", justify="right")
+    table.add_column("working set", justify="right")
+    for name, n_layers, working_set in rows:
+        table.add_row(name, str(n_layers), working_set)
+    return table
+
+
 def strategy_table(records: list[Record]) -> Table:
     """Return images/s with resolutions down and memory strategies across, as the talk has it."""
     strategies = list(dict.fromkeys(record["memory"] for record in records))

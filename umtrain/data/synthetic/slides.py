@@ -18,6 +18,7 @@ from PIL import Image
 from umtrain.data.synthetic.pyramid import TILE_PX, write_pyramid
 from umtrain.data.synthetic.slide_render import SlideRenderer, rendered_strips
 from umtrain.data.synthetic.slide_scene import build_scene
+from umtrain.files import atomic_path, write_atomic
 
 MPP = 1.0
 MASK_DOWNSAMPLE = 16
@@ -79,10 +80,11 @@ def write_slide(
     """
     scene = build_scene(size, spec.seed, positive=spec.label == "1")
     strips = rendered_strips(SlideRenderer(scene, spec.seed), _STRIP_PX, threads)
-    _write_whole(path, lambda part: write_pyramid(part, strips, size, MPP, threads))
+    with atomic_path(path) as part:
+        write_pyramid(part, strips, size, MPP, threads)
     if mask_path is not None:
         mask = Image.fromarray(scene.mask)
-        _write_whole(mask_path, lambda part: mask.save(part, format="PNG"))
+        write_atomic(mask_path, lambda stream: mask.save(stream, format="PNG"))
 
 
 def make_slides(
@@ -120,7 +122,8 @@ def make_slides(
                 if progress is not None:
                     progress(len(rows), n)
     manifest = folder / "manifest.csv"
-    _write_whole(manifest, lambda part: _write_rows(part, [rows[spec.slide_id] for spec in specs]))
+    with atomic_path(manifest) as part:
+        _write_rows(part, [rows[spec.slide_id] for spec in specs])
     return manifest
 
 
@@ -155,13 +158,3 @@ def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside `path`, then rename: a reader never sees half a file under that name."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,0 +1,307 @@
+"""The talk's table: images/s by resolution and memory strategy, with peak memory.
+
+Modes:
+  table      rows 256, 512, 768, 1024; columns LMS, vanilla UM, grouping (B), grouping (E),
+             + prefetch, checkpoint, vanilla. JSON and PNG beside it.
+  smallest   the smallest device budget, to 16 MiB, under which each strategy still runs a step.
+  paging     um against um_group_prefetch under one device budget that makes both page to disk,
+             and, with --cgroup DIR (a memory cgroup that you may write to), under a hard limit.
+  allocator  vanilla with freed buffers recycled, as glibc does, and given back.
+
+Method: each cell is a process of its own, run in turn; two warm-up steps are left out; images/s
+is the mean over steps ± their standard deviation. A synthetic batch stays in memory, so nothing
+but the step is measured. Cells that run out of memory say OOM. Prints a table; the last line of
+output is one JSON document.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COLUMNS = {
+    "LMS": ("lms", {}),
+    "vanilla UM": ("um", {}),
+    "grouping (B)": ("um_group", {"grouping": "blocks"}),
+    "grouping (E)": ("um_group", {"grouping": "equal"}),
+    "+ prefetch": ("um_group_prefetch", {}),
+    "checkpoint": ("checkpoint", {}),
+    "vanilla": ("vanilla", {}),
+}
+N_WARM_UP_STEPS = 2
+SMALLEST_STEP_BYTES = 16 * 2**20
+
+
+def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
+    """Train a few steps in this process and return the figures."""
+    import torch
+
+    from umtrain import memory, models
+    from umtrain.errors import OutOfMemoryError
+    from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
+
+    set_freed_buffers(FreedBuffers[arguments.freed_buffers])
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = arguments.device
+    is_bf16 = arguments.precision == "bf16"
+    torch.manual_seed(0)
+    model = models.create(arguments.model, in_channels=3, n_outputs=2).to(device)
+    model = model.to(memory_format=torch.channels_last)
+    batch = torch.randn(arguments.batch_size, 3, arguments.res, arguments.res, device=device)
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    options = json.loads(arguments.options)
+    strategy = memory.create(arguments.strategy, device=device, **options)
+    times_s = []
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
+            strategy.prepare(model, batch)
+        for _ in range(N_WARM_UP_STEPS + arguments.steps):
+            start_s = time.perf_counter()
+            optimizer.zero_grad()
+            with strategy.step():
+                with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
+                    output = model(batch)
+                output.float().square().mean().backward()
+            optimizer.step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times_s.append(time.perf_counter() - start_s)
+    except OutOfMemoryError as error:
+        return {"status": "oom", "why": str(error)}
+    finally:
+        strategy.close()
+    return {"status": "ok", **rates_of(times_s, arguments.batch_size), **figures_of(strategy)}
+
+
+def rates_of(times_s: list[float], batch_size: int) -> dict[str, object]:
+    rates = [batch_size / step_s for step_s in times_s[N_WARM_UP_STEPS:]]
+    deviation = statistics.stdev(rates) if len(rates) > 1 else None
+    return {"images_per_s": {"mean": statistics.mean(rates), "std": deviation, "n": len(rates)}}
+
+
+def figures_of(strategy: object) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {"memory_use": asdict(strategy.stats())}
+
+
+def in_process_of_its_own(
+    arguments: argparse.Namespace, prefix: tuple[str, ...] = (), **changes: object
+) -> dict[str, object]:
+    """Run one cell in a fresh process; a process that the system kills is out of memory."""
+    values = vars(arguments) | changes
+    command = [*prefix, sys.executable, __file__, "cell"]
+    for key in (
+        "strategy",
+        "res",
+        "steps",
+        "batch_size",
+        "model",
+        "precision",
+        "device",
+        "threads",
+    ):
+        command += [f"--{key.replace('_', '-')}", str(values[key])]
+    command += ["--freed-buffers", str(values["freed_buffers"])]
+    options = values.get("options", {})
+    command += ["--options", json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode < 0:
+        return {"status": "oom", "why": f"the process ended by signal {-done.returncode}"}
+    return {"status": "failed", "why": done.stderr.strip().splitlines()[-1]}
+
+
+def budget_options(arguments: argparse.Namespace) -> dict[str, object]:
+    return {"device_budget": arguments.device_budget} if arguments.device_budget else {}
+
+
+def table(arguments: argparse.Namespace) -> dict[str, object]:
+    rows = []
+    for res in arguments.resolutions:
+        for column, (strategy, options) in COLUMNS.items():
+            cell = in_process_of_its_own(
+                arguments, strategy=strategy, res=res, options=options | budget_options(arguments)
+            )
+            rows.append({"res": res, "column": column, **cell})
+            print(f"{res:5} {column:13} {cell_text(cell)}", flush=True)
+    document = {"mode": "table", **machine(arguments), "rows": rows}
+    write(document, arguments.out)
+    return document
+
+
+def cell_text(cell: dict[str, object]) -> str:
+    if cell["status"] != "ok":
+        return f"{cell['status']:>15}  {cell['why']}"
+    rate, use = cell["images_per_s"], cell["memory_use"]
+    deviation = "" if rate["std"] is None else f" ± {rate['std']:.3f}"
+    peak = use["device_peak_bytes"] / 2**30
+    host = use["host_peak_bytes"] / 2**30
+    return f"{rate['mean']:.3f}{deviation} images/s, device {peak:.2f} GiB, host {host:.2f} GiB"
+
+
+def smallest(arguments: argparse.Namespace) -> dict[str, object]:
+    rows = []
+    strategies = ("vanilla", "vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
+    for strategy in strategies:
+        n_bytes = smallest_budget_bytes(arguments, strategy)
+        rows.append({"memory": strategy, "smallest_device_budget_bytes": n_bytes})
+        print(f"{strategy:18} {n_bytes / 2**20:7.0f} MiB", flush=True)
+    document = {"mode": "smallest", "res": arguments.res, **machine(arguments), "rows": rows}
+    write(document, arguments.out)
+    return document
+
+
+def smallest_budget_bytes(arguments: argparse.Namespace, strategy: str) -> int:
+    """Bisect between nothing and a budget that is doubled until it does."""
+
+    def runs_in(n_bytes: int) -> bool:
+        options = {"device_budget": n_bytes}
+        cell = in_process_of_its_own(arguments, strategy=strategy, steps=1, options=options)
+        return cell["status"] == "ok"
+
+    too_small, enough = 0, 2**28
+    while not runs_in(enough):
+        too_small, enough = enough, 2 * enough
+    while enough - too_small > SMALLEST_STEP_BYTES:
+        middle = (too_small + enough) // 2
+        too_small, enough = (too_small, middle) if runs_in(middle) else (middle, enough)
+    return enough
+
+
+def paging(arguments: argparse.Namespace) -> dict[str, object]:
+    """Alternate the two sides, so that a change in the machine's load falls on both."""
+    prefix = cgroup_prefix(arguments.cgroup) if arguments.cgroup else ()
+    sides: dict[str, list[dict[str, object]]] = {"um": [], "um_group_prefetch": []}
+    for _ in range(arguments.rounds):
+        for strategy, cells in sides.items():
+            options = budget_options(arguments)
+            cell = in_process_of_its_own(arguments, prefix, strategy=strategy, options=options)
+            cells.append(cell)
+            print(f"{strategy:18} {cell_text(cell)}", flush=True)
+    best = {name: fastest(cells) for name, cells in sides.items()}
+    ratio = best["um_group_prefetch"] / best["um"] if all(best.values()) else None
+    document = {"mode": "paging", "prefetch_over_um": ratio, **machine(arguments), "cells": sides}
+    write(document, arguments.out)
+    return document
+
+
+def fastest(cells: list[dict[str, object]]) -> float:
+    return max(
+        (cell["images_per_s"]["mean"] for cell in cells if cell["status"] == "ok"), default=0
+    )
+
+
+def cgroup_prefix(directory: Path) -> tuple[str, ...]:
+    """Return the command that enters a memory cgroup; the limit in it is the user's to set."""
+    entry = directory / "cgroup.procs"
+    if not os.access(entry, os.W_OK):
+        sys.exit(f"--cgroup {directory}: {entry} is not a file that you may write to")
+    return ("sh", "-c", f'echo $$ > "{entry}" && exec "$@"', "sh")
+
+
+def allocator(arguments: argparse.Namespace) -> dict[str, object]:
+    rows = []
+    for choice in ("RECYCLE", "GLIBC", "GIVE_BACK"):
+        cell = in_process_of_its_own(arguments, strategy="vanilla", freed_buffers=choice)
+        rows.append({"freed_buffers": choice, **cell})
+        print(f"{choice:10} {cell_text(cell)}", flush=True)
+    document = {"mode": "allocator", "res": arguments.res, **machine(arguments), "rows": rows}
+    write(document, arguments.out)
+    return document
+
+
+def machine(arguments: argparse.Namespace) -> dict[str, object]:
+    import platform
+
+    import torch
+
+    return {
+        "model": arguments.model,
+        "precision": arguments.precision,
+        "batch_size": arguments.batch_size,
+        "device": arguments.device,
+        "device_budget": arguments.device_budget,
+        "threads": arguments.threads or os.cpu_count(),
+        "load_1min": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def write(document: dict[str, object], out: Path | None) -> None:
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(document, indent=1))
+    if document["mode"] == "table":
+        draw(document, out.with_suffix(".png"))
+
+
+def draw(document: dict[str, object], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    rows = [row for row in document["rows"] if row["status"] == "ok"]
+    for column in COLUMNS:
+        points = [(r["res"], r["images_per_s"]) for r in rows if r["column"] == column]
+        if points:
+            resolutions, rates = zip(*points, strict=True)
+            errors = [rate["std"] or 0.0 for rate in rates]
+            means = [rate["mean"] for rate in rates]
+            axes.errorbar(resolutions, means, errors, marker="o", capsize=3, label=column)
+    axes.set_xlabel("resolution, px")
+    axes.set_ylabel("images/s")
+    axes.set_yscale("log")
+    axes.set_title(f"{document['model']}, {document['precision']}, {document['machine']}")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("mode", choices=("table", "smallest", "paging", "allocator", "cell"))
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 768, 1024])
+    parser.add_argument("--res", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--device-budget", help="for all strategies, e.g. 1.25GiB")
+    parser.add_argument("--cgroup", type=Path, help="a memory cgroup (v1 or v2) to run in")
+    parser.add_argument("--out", type=Path, help="where to write .json and .png")
+    parser.add_argument("--strategy", default="vanilla", help=argparse.SUPPRESS)
+    parser.add_argument("--options", default="{}", help=argparse.SUPPRESS)
+    parser.add_argument("--freed-buffers", default="RECYCLE", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse()
+    modes = {
+        "table": table,
+        "smallest": smallest,
+        "paging": paging,
+        "allocator": allocator,
+        "cell": run_cell,
+    }
+    print(json.dumps(modes[arguments.mode](arguments)))
+
+
+if __name__ == "__main__":
+    main()

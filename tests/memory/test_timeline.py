@@ -1,0 +1,53 @@
+"""The files of a trace: what a viewer opens and what a person looks at."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from umtrain import memory
+from umtrain.memory.trace import LANES
+
+
+@pytest.fixture
+def traced(tmp_path, room):
+    """Return the folder that a run of two steps leaves its trace in."""
+    room(64 * 1024)
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)))
+    x = torch.randn(1, 8, 128, 128)
+    strategy = memory.create("um_group_prefetch", trace=tmp_path / "trace", grouping="equal")
+    strategy.prepare(model, x)
+    for _ in range(3):
+        with strategy.step():
+            model(x).sum().backward()
+    strategy.close()
+    return tmp_path / "trace"
+
+
+def test_the_trace_is_in_chromes_format(traced):
+    trace = json.loads((traced / "trace.json").read_text())
+    names = [event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"]
+    assert names == list(LANES)
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert all(event["ts"] >= 0 and event["dur"] >= 0 for event in events)
+    lanes = {event["cat"] for event in events}
+    assert {"forward", "backward", "swap-out", "swap-in"} <= lanes
+
+
+def test_only_the_last_steps_are_kept(traced):
+    trace = json.loads((traced / "trace.json").read_text())
+    steps = {event["args"]["step"] for event in trace["traceEvents"] if event["ph"] == "X"}
+    assert steps == {1, 2}
+
+
+def test_the_picture_is_a_picture(traced):
+    with Image.open(traced / "timeline.png") as picture:
+        assert picture.size == (1680, 480)
+        assert len(picture.convert("RGB").getcolors(maxcolors=2**20)) > 5
+
+
+def test_a_strategy_that_never_ran_still_closes_with_a_trace(tmp_path):
+    memory.create("um", trace=tmp_path).close()
+    assert (tmp_path / "timeline.png").exists()
