@@ -8,7 +8,7 @@ Modes:
              and, with --cgroup DIR (a memory cgroup that you may write to), under a hard limit.
   allocator  vanilla with freed buffers recycled, as glibc does, and given back.
 
-Method: each cell is a process of its own, run in turn; two warm-up steps are left out; images/s
+Method: each cell is a process of its own, run in turn; warm-up steps are left out; images/s
 is the mean over steps ± their standard deviation. A synthetic batch stays in memory, so nothing
 but the step is measured. Cells that run out of memory say OOM. Prints a table; the last line of
 output is one JSON document.
@@ -32,7 +32,6 @@ COLUMNS = {
     "checkpoint": ("checkpoint", {}),
     "vanilla": ("vanilla", {}),
 }
-N_WARM_UP_STEPS = 2
 SMALLEST_STEP_BYTES = 16 * 2**20
 
 
@@ -61,7 +60,7 @@ def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
     try:
         with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
             strategy.prepare(model, batch)
-        for _ in range(N_WARM_UP_STEPS + arguments.steps):
+        for _ in range(arguments.warm_up + arguments.steps):
             start_s = time.perf_counter()
             optimizer.zero_grad()
             with strategy.step():
@@ -76,11 +75,15 @@ def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
         return {"status": "oom", "why": str(error)}
     finally:
         strategy.close()
-    return {"status": "ok", **rates_of(times_s, arguments.batch_size), **figures_of(strategy)}
+    return {
+        "status": "ok",
+        **rates_of(times_s[arguments.warm_up :], arguments.batch_size),
+        **figures_of(strategy),
+    }
 
 
 def rates_of(times_s: list[float], batch_size: int) -> dict[str, object]:
-    rates = [batch_size / step_s for step_s in times_s[N_WARM_UP_STEPS:]]
+    rates = [batch_size / step_s for step_s in times_s]
     deviation = statistics.stdev(rates) if len(rates) > 1 else None
     return {"images_per_s": {"mean": statistics.mean(rates), "std": deviation, "n": len(rates)}}
 
@@ -164,7 +167,9 @@ def smallest_budget_bytes(arguments: argparse.Namespace, strategy: str) -> int:
 
     def runs_in(n_bytes: int) -> bool:
         options = {"device_budget": n_bytes}
-        cell = in_process_of_its_own(arguments, strategy=strategy, steps=1, options=options)
+        cell = in_process_of_its_own(
+            arguments, strategy=strategy, steps=1, warm_up=0, options=options
+        )
         return cell["status"] == "ok"
 
     too_small, enough = 0, 2**28
@@ -276,6 +281,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 768, 1024])
     parser.add_argument("--res", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps left out")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--model", default="resnet50")

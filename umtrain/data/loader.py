@@ -9,9 +9,12 @@ Images come back through shared memory, so they are copied once and are in nobod
 """
 
 import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,7 @@ def make_loader(
             "prefetch_factor": n_ahead,
             "persistent_workers": True,
             "multiprocessing_context": _reader_context(),
+            "worker_init_fn": _end_with_trainer,
         }
     batches = DataLoader(
         _Reporting(dataset),
@@ -155,6 +159,21 @@ def collate(samples: Sequence[Any]) -> Batch | UmtrainError:
     rows_first = [sample["image"].permute(1, 2, 0) for sample in samples]
     stacked = rows_first[0][None] if len(samples) == 1 else default_collate(rows_first)
     return {"image": stacked.permute(0, 3, 1, 2), **default_collate(rest)}
+
+
+def _end_with_trainer(_reader: int) -> None:
+    """Make this reader end when the training process does, however that ends.
+
+    torch's own watch looks at the parent, which is the fork server and outlives a killed trainer.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+
+    def watch() -> None:
+        wait([trainer.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _check_shared_memory(needed_bytes: int, workers: int) -> None:

@@ -3,11 +3,12 @@
 import resource
 from abc import ABC, abstractmethod
 
+import psutil
 import torch
 from torch import nn
 
 from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
-from umtrain.memory.linux import data_bytes, require_linux
+from umtrain.memory.linux import data_bytes, is_linux, require_linux
 from umtrain.memory.tensors import model_bytes
 
 _OUT_OF_MEMORY_TEXTS = (
@@ -17,6 +18,7 @@ _OUT_OF_MEMORY_TEXTS = (
     "bad_alloc",  # C++ below torch
     "could not create a memory object",  # oneDNN
     "could not create a primitive",  # oneDNN, whose scratchpad is malloc'ed
+    "Resource temporarily unavailable",  # the stack of a new thread
 )
 
 
@@ -50,23 +52,19 @@ class NoBudget(DeviceBudget):
         """See `DeviceBudget`."""
 
 
-class HeapBudget(DeviceBudget):
-    """A budget on the CPU, enforced by the kernel.
+class HeapLimit(DeviceBudget):
+    """A limit on the heap of the whole process, kept by the kernel.
 
     # Note: [The heap's limit]
     # RLIMIT_DATA caps private writable memory (VmData) without root; malloc then fails and torch
-    # raises. Shared file mappings are exempt: they are the host tier. What the process held
-    # before, stacks and libraries included, is not the budget's business; the model is.
-    # A fragmented heap would count as used, so freed buffers go back to the kernel meanwhile.
+    # raises. Shared file mappings are exempt: they are the host tier.
     """
 
-    def __init__(self, budget_bytes: int, model: nn.Module) -> None:
-        require_linux("memory.device_budget on the CPU")
+    def __init__(self, limit_bytes: int) -> None:
         _start_thread_pools()
-        self._buffers_before = set_freed_buffers(FreedBuffers.GIVE_BACK)
+        self._limit_bytes = limit_bytes
         self._before = resource.getrlimit(resource.RLIMIT_DATA)
-        self._limit_bytes = data_bytes() - model_bytes(model) + budget_bytes
-        resource.setrlimit(resource.RLIMIT_DATA, (self._limit_bytes, self._before[1]))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, self._before[1]))
 
     def left_bytes(self) -> int | None:
         """See `DeviceBudget`."""
@@ -75,12 +73,42 @@ class HeapBudget(DeviceBudget):
     def lift(self) -> None:
         """See `DeviceBudget`."""
         resource.setrlimit(resource.RLIMIT_DATA, self._before)
+
+
+class AllOfTheMachine(HeapLimit):
+    """What the machine has left: running out is an error of this process, not its end by SIGKILL.
+
+    Strategies need not economise under it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(data_bytes() + psutil.virtual_memory().available)
+
+    def left_bytes(self) -> int | None:
+        """See `DeviceBudget`."""
+        return None
+
+
+class HeapBudget(HeapLimit):
+    """A budget on the CPU. What the process held before is not its business; the model is.
+
+    A fragmented heap would count as used, so freed buffers go back to the kernel meanwhile.
+    """
+
+    def __init__(self, budget_bytes: int, model: nn.Module) -> None:
+        require_linux("memory.device_budget on the CPU")
+        self._buffers_before = set_freed_buffers(FreedBuffers.GIVE_BACK)
+        super().__init__(data_bytes() - model_bytes(model) + budget_bytes)
+
+    def lift(self) -> None:
+        """See `DeviceBudget`."""
+        super().lift()
         set_freed_buffers(self._buffers_before)
 
 
 def _start_thread_pools() -> None:
-    """Run one parallel op, so that the stacks of its threads are there before the limit is."""
-    torch.ones(1 << 20).add_(1)
+    """Run a parallel op and a backward pass: their threads' stacks come before the limit."""
+    torch.ones(1 << 20, requires_grad=True).sum().backward()
 
 
 class CudaBudget(DeviceBudget):
@@ -101,7 +129,7 @@ class CudaBudget(DeviceBudget):
 
 
 def enforce_budget(device: str, budget_bytes: int | None, model: nn.Module) -> DeviceBudget:
-    """Limit device memory to `budget_bytes` from now on."""
+    """Limit device memory to `budget_bytes` from now on; None is all that the machine has."""
     if budget_bytes is None:
-        return NoBudget()
+        return AllOfTheMachine() if device == "cpu" and is_linux() else NoBudget()
     return CudaBudget(budget_bytes) if device == "cuda" else HeapBudget(budget_bytes, model)

@@ -23,9 +23,14 @@ M_MMAP_THRESHOLD = -3
 PAGE_BYTES = resource.getpagesize()
 
 
+def is_linux() -> bool:
+    """Return whether the calls of this module exist here."""
+    return sys.platform.startswith("linux")
+
+
 def require_linux(what: str) -> None:
     """Raise DeviceError, naming `what` needs it, on any other system than Linux."""
-    if not sys.platform.startswith("linux"):
+    if not is_linux():
         raise DeviceError(f"{what} needs Linux; this system is {sys.platform}")
 
 

@@ -1,0 +1,72 @@
+"""A budget that the kernel enforces: vanilla runs out of memory, the others train the same."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# Twelve blocks that save 16 MiB each; the largest working set is some 30 MiB.
+_PROGRAM = """
+import json, sys
+import torch
+from copy import deepcopy
+from torch import nn
+from umtrain import memory
+from umtrain.errors import OutOfMemoryError
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+def block():
+    return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+fresh = nn.Sequential(*(block() for _ in range(12)))
+x = torch.randn(1, 8, 408, 408)
+
+def run(name, budget):
+    model = deepcopy(fresh)
+    strategy = memory.create(name, device_budget=budget, spill_dir=sys.argv[1])
+    try:
+        strategy.prepare(model, x)
+        with strategy.step():
+            loss = model(x).square().mean()
+            loss.backward()
+        gradients = [p.grad.double().sum().item() for p in model.parameters()]
+        return ["ok", loss.item(), gradients, strategy.stats().device_peak_bytes]
+    except OutOfMemoryError as error:
+        return ["oom", str(error)]
+    finally:
+        strategy.close()
+
+others = ("vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
+outcomes = {name: run(name, "100MiB") for name in ("vanilla", *others)}
+outcomes["all of it"] = run("vanilla", None)
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Return how each strategy ended, in a process of their own."""
+    command = [sys.executable, "-c", _PROGRAM, str(tmp_path_factory.mktemp("spill"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_vanilla_runs_out_of_memory(outcomes):
+    status, text = outcomes["vanilla"]
+    assert status == "oom"
+    assert "memory.device_budget: 100.00 MiB" in text
+
+
+@pytest.mark.parametrize(
+    "strategy", ["vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint"]
+)
+def test_the_others_train_as_vanilla_does_with_all_memory(strategy, outcomes):
+    status, loss, gradients, _ = outcomes[strategy]
+    assert status == "ok"
+    assert (loss, gradients) == tuple(outcomes["all of it"][1:3])
+
+
+def test_vanilla_with_all_memory_takes_more_than_the_budget(outcomes):
+    assert outcomes["all of it"][3] > 150 * 2**20
