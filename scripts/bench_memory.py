@@ -191,17 +191,20 @@ def paging(arguments: argparse.Namespace) -> dict[str, object]:
             cell = in_process_of_its_own(arguments, prefix, strategy=strategy, options=options)
             cells.append(cell)
             print(f"{strategy:18} {cell_text(cell)}", flush=True)
-    best = {name: fastest(cells) for name, cells in sides.items()}
-    ratio = best["um_group_prefetch"] / best["um"] if all(best.values()) else None
-    document = {"mode": "paging", "prefetch_over_um": ratio, **machine(arguments), "cells": sides}
+    ratios = [rate_of(b) / rate_of(a) for a, b in zip(*sides.values(), strict=True) if rate_of(a)]
+    ratio = statistics.median(ratios) if ratios else None
+    document = {
+        "mode": "paging",
+        "prefetch_over_um": {"median": ratio, "rounds": ratios},
+        **machine(arguments),
+        "cells": sides,
+    }
     write(document, arguments.out)
     return document
 
 
-def fastest(cells: list[dict[str, object]]) -> float:
-    return max(
-        (cell["images_per_s"]["mean"] for cell in cells if cell["status"] == "ok"), default=0
-    )
+def rate_of(cell: dict[str, object]) -> float:
+    return cell["images_per_s"]["mean"] if cell["status"] == "ok" else 0.0
 
 
 def cgroup_prefix(directory: Path) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from umtrain.units import parse_bytes
 CHOICES = {
     "dataset.fit": ("resize", "pad", "crop"),
     "model.norm": ("batch", "frozen", "group"),
-    "model.pool": ("avg", "max"),
+    "model.pool": ("avg", "max", "avgmax"),
     "memory.grouping": ("blocks", "equal"),
     "memory.policy": ("all", "conv"),
     "optim.schedule": ("cosine", "plateau", "constant"),
@@ -57,7 +57,7 @@ class ModelConfig:
 
     name: str = _key("network")
     norm: str = _key("normalisation layers", "batch")
-    pool: str | None = _key("global pooling of a classifier; null: max", None)
+    pool: str | None = _key("global pooling of a classifier; null: avgmax", None)
     pretrained: str | None = _key("file of weights to start from", None)
 
 

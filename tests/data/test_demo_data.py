@@ -146,12 +146,12 @@ def test_the_default_data_is_made_in_the_cache_folder(monkeypatch, tmp_path, sai
 def test_demo_slides_are_at_least_as_large_as_the_input(res):
     spec = demo_spec("wsi", res)
     assert spec.size_px >= res
-    assert spec.size_px % 1024 == 0
-    assert spec.size_px == 2048 or (spec.n == 12 and spec.size_px < res + 1024)
+    assert spec.size_px == demo.SLIDE_SIZE_PX or spec.size_px % 1024 == 0
+    assert spec.size_px == demo.SLIDE_SIZE_PX or (spec.n == 12 and spec.size_px < res + 1024)
 
 
 def test_demo_radiographs_are_as_large_as_real_ones():
-    assert demo_spec("spine", 512) == DemoSpec("spine", 100, 4000)
+    assert demo_spec("spine", 512) == DemoSpec("spine", demo.N_RADIOGRAPHS, 4000)
 
 
 def test_a_job_that_has_to_wait_says_so(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Twelve blocks that save 16 MiB each; the largest working set is some 30 MiB.
+# Sixteen blocks that save 16 MiB each; the largest working set is some 30 MiB.
 _PROGRAM = """
 import json, sys
 import torch
@@ -18,8 +18,8 @@ from umtrain.errors import OutOfMemoryError
 torch.set_num_threads(1)
 torch.manual_seed(0)
 def block():
-    return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-fresh = nn.Sequential(*(block() for _ in range(12)))
+    return nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+fresh = nn.Sequential(*(block() for _ in range(16)))
 x = torch.randn(1, 8, 408, 408)
 
 def run(name, budget):
@@ -38,7 +38,7 @@ def run(name, budget):
         strategy.close()
 
 others = ("vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
-outcomes = {name: run(name, "100MiB") for name in ("vanilla", *others)}
+outcomes = {name: run(name, "140MiB") for name in ("vanilla", *others)}
 outcomes["all of it"] = run("vanilla", None)
 print(json.dumps(outcomes))
 """
@@ -56,7 +56,7 @@ def outcomes(tmp_path_factory):
 def test_vanilla_runs_out_of_memory(outcomes):
     status, text = outcomes["vanilla"]
     assert status == "oom"
-    assert "memory.device_budget: 100.00 MiB" in text
+    assert "memory.device_budget: 140.00 MiB" in text
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_the_others_train_as_vanilla_does_with_all_memory(strategy, outcomes):
 
 
 def test_vanilla_with_all_memory_takes_more_than_the_budget(outcomes):
-    assert outcomes["all of it"][3] > 150 * 2**20
+    assert outcomes["all of it"][3] > 220 * 2**20

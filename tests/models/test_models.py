@@ -45,7 +45,7 @@ def test_unknown_norm_lists_the_options() -> None:
 
 
 def test_unknown_pool_lists_the_options() -> None:
-    with pytest.raises(ConfigError, match=r"model\.pool=min is unknown.*max, avg"):
+    with pytest.raises(ConfigError, match=r"model\.pool=min is unknown.*avg, max, avgmax"):
         create("resnet50", pool="min")
 
 
@@ -135,6 +135,7 @@ def test_resunet_names_the_size_it_cannot_halve(height_width: tuple[int, int]) -
 def test_max_pooling_keeps_a_lone_response_at_any_size_and_average_dilutes_it() -> None:
     feature_maps = torch.zeros(2, 1, 64, 64)
     feature_maps[1, 0, 10, 10] = 1.0
-    pools = {pool: create("resnet50", pool=pool).avgpool for pool in ("max", "avg")}
+    pools = {pool: create("resnet50", pool=pool).avgpool for pool in ("max", "avg", "avgmax")}
     assert pools["max"](feature_maps)[1].item() == 1.0
     assert pools["avg"](feature_maps)[1].item() == pytest.approx(1 / 64**2)
+    assert pools["avgmax"](feature_maps)[1].item() == pytest.approx((1 + 1 / 64**2) / 2)

@@ -9,10 +9,12 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from umtrain.data.augment import RadiographAugment, SlideAugment
 from umtrain.data.frame import (
+    Affine,
     apply_letterbox,
     compose,
     inverse,
@@ -29,11 +31,23 @@ from umtrain.data.wsi import read_slide
 _FORWARDS: Mapping[str | None, int] = {"right": 1, "left": -1, None: 1}
 
 
+# What a reader may keep of the films that it has read.
+_KEPT_BYTES = 512 * 2**20
+
+
 class SampleKey(NamedTuple):
     """Names a sample: in which epoch, and which position among the dataset's records."""
 
     epoch: int
     position: int
+
+
+class PlacedFilm(NamedTuple):
+    """A radiograph in the network's frame, the map there from stored pixels, and its spacing."""
+
+    pixels: NDArray[np.uint16]
+    to_network: Affine
+    spacing_mm: tuple[float, float]
 
 
 class SlideSample(TypedDict):
@@ -137,6 +151,7 @@ class RadiographDataset(Dataset[RadiographSample]):
         self.sample_bytes = self.height_px * self.width_px * 2
         self._augment = augment
         self._seed = seed
+        self._placed: dict[int, PlacedFilm] = {}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -144,11 +159,7 @@ class RadiographDataset(Dataset[RadiographSample]):
     def __getitem__(self, key: SampleKey) -> RadiographSample:
         """Read, place and augment one radiograph; DataError if it cannot be read."""
         record = self.records[key.position]
-        stored = read_radiograph(record.path)
-        spacing_mm = pixel_spacing_mm(stored, record.mm_per_px, record.path)
-        box = plan_letterbox(stored.pixels.shape, self.height_px, self.width_px)
-        pixels = apply_letterbox(stored.pixels, box)
-        to_network = box.to_network
+        pixels, to_network, spacing_mm = self._place(key.position)
         keypoints = np.array([[record.c7_x, record.c7_y], [record.s1_x, record.s1_y]])
         if self._augment is not None:
             placed = transform(keypoints, to_network)
@@ -163,6 +174,22 @@ class RadiographDataset(Dataset[RadiographSample]):
             id=record.id,
             index=key.position,
         )
+
+    def _place(self, index: int) -> PlacedFilm:
+        """Return the film in the network's frame; kept from the first epoch on while there is room.
+
+        A film of 8 Mpixel takes longer to read and scale than a small network trains on it.
+        """
+        if index in self._placed:
+            return self._placed[index]
+        record = self.records[index]
+        stored = read_radiograph(record.path)
+        spacing_mm = pixel_spacing_mm(stored, record.mm_per_px, record.path)
+        box = plan_letterbox(stored.pixels.shape, self.height_px, self.width_px)
+        placed = PlacedFilm(apply_letterbox(stored.pixels, box), box.to_network, spacing_mm)
+        if (len(self._placed) + 1) * self.sample_bytes <= _KEPT_BYTES:
+            self._placed[index] = placed
+        return placed
 
 
 def sample_rng(seed: int, key: SampleKey) -> np.random.Generator:

@@ -16,7 +16,7 @@ from umtrain.data.synthetic.radiographs import make_radiographs
 from umtrain.data.synthetic.slides import make_slides
 from umtrain.errors import DataError, ManifestError
 
-SLIDE_SIZE_PX = 2048
+SLIDE_SIZE_PX = 1536
 N_SLIDES = 240
 N_LARGE_SLIDES = 12
 LARGE_SIZE_STEP_PX = 1024

@@ -77,8 +77,9 @@ class Loader:
                 if isinstance(batch, UmtrainError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            # The latter two: its last batch lay in memory that only it could hand over.
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             raise DeviceError(
                 f"a process that reads images was killed ({error}), most likely for want of "

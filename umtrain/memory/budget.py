@@ -108,7 +108,7 @@ class HeapBudget(HeapLimit):
 
 def _start_thread_pools() -> None:
     """Run a parallel op and a backward pass: their threads' stacks come before the limit."""
-    torch.ones(1 << 20, requires_grad=True).sum().backward()
+    torch.autograd.backward(torch.ones(1 << 20, requires_grad=True).sum())
 
 
 class CudaBudget(DeviceBudget):

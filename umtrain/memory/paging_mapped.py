@@ -9,13 +9,14 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from umtrain.memory import linux
+from umtrain.memory.io_threads import start_io_thread
 from umtrain.memory.layout import Layout
 from umtrain.memory.meters import Meter
 from umtrain.memory.paging import Paged, Pager
@@ -84,8 +85,8 @@ class MappedPager(Pager):
         self._lock = threading.Lock()
         self._pages: OrderedDict[int, _Pages] = OrderedDict()  # least recently used first
         self._in_bytes = 0
-        self._outward = ThreadPoolExecutor(1, thread_name_prefix="page-out")
-        self._inward = ThreadPoolExecutor(1, thread_name_prefix="page-in")
+        self._outward = start_io_thread("page-out")
+        self._inward = start_io_thread("page-in")
 
     def wants(self, tensor: torch.Tensor) -> bool:
         """Return whether `tensor` is in RAM at all."""

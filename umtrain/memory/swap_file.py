@@ -1,10 +1,11 @@
 """Swapping to the spill file by explicit reads and writes in I/O threads."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
+from umtrain.memory.io_threads import start_io_thread
 from umtrain.memory.layout import Layout
 from umtrain.memory.spill import SpillBlock, SpillFile
 from umtrain.memory.swap import Channel, HostCopy
@@ -67,8 +68,8 @@ class FileChannel(Channel):
     ) -> None:
         self._spill = SpillFile(directory, reserve_bytes, limit_bytes)
         self.trace = trace
-        self.outward = ThreadPoolExecutor(1, thread_name_prefix="swap-out")
-        self.inward = ThreadPoolExecutor(1, thread_name_prefix="swap-in")
+        self.outward = start_io_thread("swap-out")
+        self.inward = start_io_thread("swap-in")
 
     def serves(self, tensor: torch.Tensor) -> bool:
         """See `Channel`."""

@@ -44,8 +44,8 @@ def create(
 
     `resnet50` and `resnet101` give (N, n_outputs) logits; `resunet35` gives (N, n_outputs, H/2,
     W/2) heatmaps. `norm` is "batch", "frozen" or "group" (see `umtrain.models.norm`), `pool` the
-    global pooling of a classifier, "max" or "avg" (None: the model's own), `pretrained` a file of
-    weights (see `umtrain.models.pretrained`).
+    global pooling of a classifier, "avg", "max" or "avgmax" (None: the model's own), `pretrained`
+    a file of weights (see `umtrain.models.pretrained`).
 
     Raises ConfigError for an unknown name or option, and for a file that does not fit.
     """

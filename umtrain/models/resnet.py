@@ -1,8 +1,8 @@
 """ResNet-50 and ResNet-101 for whole-image classification, from torchvision."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from umtrain.errors import ConfigError
@@ -10,8 +10,28 @@ from umtrain.models.norm import NormLayer
 
 HEAD = "fc"
 
-_POOLS: dict[str, type[nn.Module]] = {"max": nn.AdaptiveMaxPool2d, "avg": nn.AdaptiveAvgPool2d}
-_DEFAULT_POOL = "max"
+_DEFAULT_POOL = "avgmax"
+
+
+class AverageAndMax(nn.Module):
+    """Half the global average and half the global maximum: (N, C, H, W) to (N, C, 1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = nn.AdaptiveAvgPool2d(1)
+        self.maximum = nn.AdaptiveMaxPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean of both."""
+        pooled: Tensor = 0.5 * (self.average(x) + self.maximum(x))
+        return pooled
+
+
+_POOLS: dict[str, Callable[[], nn.Module]] = {
+    "avg": lambda: nn.AdaptiveAvgPool2d(1),
+    "max": lambda: nn.AdaptiveMaxPool2d(1),
+    "avgmax": AverageAndMax,
+}
 
 
 def resnet50(
@@ -19,12 +39,13 @@ def resnet50(
 ) -> nn.Module:
     """Return a ResNet-50: (N, in_channels, H, W) floats to (N, n_outputs) logits.
 
-    `pool` is "max" (used if None) or "avg": what reduces the last feature map, 1/32 of the image's
-    side, to one vector. A finding of a few cells fills a few of its positions. The maximum keeps
-    them as they are, whatever the size of the slide; the average divides them by the number of
-    positions. Whole-slide networks with either pooling in this place are described in Chen et al.,
-    "An annotation-free whole-slide training approach to pathological classification of lung cancer
-    types using deep learning", Nat Commun 2021; 12:1193.
+    `pool` is "avg", "max" or "avgmax", half of each (used if None): what reduces the last feature
+    map, 1/32 of the image's side, to one vector. A finding of a few cells fills a few of its
+    positions. The maximum keeps them as they are, whatever the size of the slide, but only one
+    position per channel learns from a step; the average teaches all of them, but divides the
+    finding by their number. Whole-slide networks with average or maximum in this place are
+    described in Chen et al., "An annotation-free whole-slide training approach to pathological
+    classification of lung cancer types using deep learning", Nat Commun 2021; 12:1193.
 
     Modules have torchvision's names, so its weights load. The last normalisation of each residual
     branch starts at zero (Goyal et al., arXiv:1706.02677).
@@ -59,5 +80,5 @@ def _resnet(
         model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     # torchvision's forward calls the pooling by this name, whichever it is.
-    model.avgpool = _POOLS[pool](1)
+    model.avgpool = _POOLS[pool]()
     return model
