@@ -14,7 +14,9 @@ from umtrain.config import (
     schema_keys,
     sweep_axes,
 )
+from umtrain.data.frame import network_width_px
 from umtrain.errors import ConfigError
+from umtrain.models.resunet35 import SIZE_MULTIPLE
 
 # Options that need another key to make sense.
 _NEEDS = {"resunet35": ["dataset=spine"], "placement": ["memory.cpu_layers=[layer1]"]}
@@ -63,6 +65,9 @@ def test_a_dataset_brings_its_model_and_an_explicit_model_wins():
         ("dataset.manifest=my (1).csv", ["quote a value with special characters"]),
         ("model.norm=frozen", ["give model.pretrained=PATH"]),
         ("optim.name=adamw", ["unknown key 'optim.name'"]),
+        ("dataset.mpp=0.5", ["has no effect with dataset.fit=resize"]),
+        ("optim.lr=inf", ["optim.lr=inf: must be more than 0, and finite"]),
+        ("seed=99999999999999999999", ["below 2**63"]),
         ("_target_=os.system", ["unknown key '_target_'"]),
         ("hydra.run.dir=x", ["unknown key 'hydra.run.dir'"]),
     ],
@@ -79,6 +84,23 @@ def test_a_radiograph_needs_a_resolution_that_the_network_can_halve():
         load_config(["dataset=spine", "res=1000"])
 
 
+@given(st.integers(1, 200), st.sampled_from([0.25, 0.5, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_every_resolution_that_is_accepted_suits_the_network(multiple, aspect):
+    res = 64 * multiple
+    size = (res, network_width_px(res, aspect))
+    assert all(side % SIZE_MULTIPLE == 0 for side in size)
+    if res >= 128:
+        assert load_config(["dataset=spine", f"res={res}", f"dataset.aspect={aspect}"]).res == res
+
+
+def test_a_path_with_commas_is_no_sweep(tmp_path):
+    path = tmp_path / "a,b.csv"
+    path.touch()
+    with pytest.raises(ConfigError, match="quote a path with commas"):
+        load_config([f"dataset.manifest={path}"])
+
+
 def test_a_config_survives_its_file():
     config = load_config(["dataset=spine", "res=512", "optim=sgd", "memory.device_budget=2GiB"])
     assert config_from_dict(config_to_dict(config)) == config
@@ -86,6 +108,16 @@ def test_a_config_survives_its_file():
 
 def test_every_key_says_what_it_is():
     assert all(item.metadata["help"] for item in schema_keys().values())
+
+
+def test_a_value_swept_twice_is_one_job():
+    assert sweep_axes(["res=256,512,256"])[0] == {"res": ["256", "512"]}
+
+
+@pytest.mark.parametrize("override", ["dataset.fit=pad", "dataset.positive=x", "res=64"])
+def test_radiographs_refuse_what_only_slides_have(override):
+    with pytest.raises(ConfigError, match="radiographs"):
+        load_config(["dataset=spine", override])
 
 
 def test_sweep_axes_keep_the_order_of_the_command_line():

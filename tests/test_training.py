@@ -96,3 +96,13 @@ def test_fused_optimizers_step_as_plain_ones():
             model(batch).square().mean().backward()
             stepper.step()
     torch.testing.assert_close(ours.weight, plain.weight)
+
+
+@pytest.mark.parametrize("score", [-0.9, 3.0], ids=["AUC", "mm"])
+def test_a_plateau_lowers_the_rate_whatever_the_sign_of_the_score(score):
+    config = OptimConfig(name="sgd", lr=1.0, schedule="plateau")
+    optimizer = create_optimizer(nn.Linear(2, 1), config)
+    schedule = create_schedule(optimizer, config, 100)
+    for _ in range(5):
+        schedule.step(score)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 
 from umtrain.errors import ConfigError
 
@@ -41,7 +42,7 @@ def parse_arguments(words: list[str], keys: tuple[str, ...], n_files: int = 0) -
             if key in values:
                 raise ConfigError(f"{word}: {key} is given twice")
             values[key] = value
-        elif not equals and len(files) < n_files:
+        elif len(files) < n_files and (not equals or Path(word).expanduser().exists()):
             files.append(word)
         else:
             near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)

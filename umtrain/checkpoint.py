@@ -29,5 +29,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RunError(f"{path}: no such checkpoint; the run has not finished an epoch") from None
     except Exception as error:
-        raise RunError(f"{path}: damaged or not a checkpoint of umtrain ({error})") from error
+        raise RunError(
+            f"{path}: damaged or not a checkpoint of umtrain; train again, or restore the file"
+        ) from error
     return state

@@ -3,6 +3,7 @@
 Nothing heavy is imported before the command is known: help answers at once.
 """
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader of our output (head, less) has gone; there is no one to tell.
         sys.stderr.close()
         return 1
+    except OSError as error:
+        # The disk is full, a folder cannot be written, a share has gone: not ours to mend.
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"umtrain: {where}{error.strerror}", file=sys.stderr)
+        return ConfigError.exit_code
 
 
 def _run(command: str, words: list[str]) -> int:
@@ -73,7 +81,7 @@ def _eval(words: list[str]) -> int:
 
     keys = ("run", "split", "device", "precision", "dataset.manifest", "dataset.root")
     given = parse_arguments(words, (*keys, "dataset.workers"))
-    split = cast("Split", given.choice("split", ("train", "val", "test"), "test"))
+    split = cast("Split", given.choice("split", ("val", "test"), "test"))
     changes: dict[str, str | int] = {
         key: given.values[key] for key in keys[2:] if key in given.values
     }
@@ -104,13 +112,16 @@ def _doctor(words: list[str]) -> int:
     from umtrain.arguments import parse_arguments
 
     spill_dir = parse_arguments(words, ("memory.spill_dir",)).values.get("memory.spill_dir")
+    if spill_dir is not None and not Path(spill_dir).is_dir():
+        raise ConfigError(f"memory.spill_dir={spill_dir}: no such folder; make it, or name another")
     from rich.table import Table
+    from rich.text import Text
 
     from umtrain.doctor import examine
 
     table = Table("", "found", "what to do")
     for finding in examine(Path(spill_dir) if spill_dir else None):
-        table.add_row(finding.subject, finding.found, finding.advice)
+        table.add_row(*map(Text, (finding.subject, finding.found, finding.advice)))
     _console().show(table)
     return 0
 

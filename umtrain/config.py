@@ -6,7 +6,9 @@ the messages about unknown keys. Hydra and OmegaConf are imported only when a co
 
 import dataclasses
 import difflib
+import math
 import re
+import shlex
 import types
 import typing
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ CHOICES = {
 GROUPS = ("dataset", "model", "memory", "optim")
 _MODEL_TASKS = {"resnet50": "wsi", "resnet101": "wsi", "resunet35": "spine"}
 RES_MULTIPLE_PX = 64
+# Below it the deepest map is a single pixel, which has no spread to normalise by.
+_LEAST_SPINE_RES = 128
 
 
 def _key(help_text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -58,7 +62,7 @@ class ModelConfig:
     name: str = _key("network")
     norm: str = _key("normalisation layers", "batch")
     pool: str | None = _key("global pooling of a classifier; null: avgmax", None)
-    pretrained: str | None = _key("file of weights to start from", None)
+    pretrained: str | None = _key("torch.save file of weights to start from", None)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class OptimConfig:
     weight_decay: float = _key("weight decay", 0.0)
     momentum: float = _key("momentum of SGD", 0.9)
     schedule: str = _key("learning rate after warm-up", "cosine")
-    warmup_fraction: float = _key("share of all steps with a rising learning rate", 0.1)
+    warmup_fraction: float = _key("share of steps with a rising rate (none with plateau)", 0.1)
     accumulate: int = _key("batches whose gradients add up to one step", 1)
     clip_norm: float | None = _key("largest gradient norm; null: no clipping", None)
     class_weights: str = _key("weigh classes by their frequency in training", "balanced")
@@ -172,7 +176,8 @@ def sweep_axes(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     for text in overrides:
         override = _parse_override(text)
         if override.is_sweep_override():
-            axes[override.key_or_group] = list(override.sweep_string_iterator())
+            # A value given twice is one job.
+            axes[override.key_or_group] = list(dict.fromkeys(override.sweep_string_iterator()))
         else:
             fixed.append(text)
     if not axes:
@@ -230,6 +235,8 @@ def _check_overrides(overrides: list[str]) -> None:
         if key not in known and key not in GROUPS:
             raise ConfigError(_unknown("key", key, [*GROUPS, *known]))
         if override.is_sweep_override():
+            if Path(text.partition("=")[2]).expanduser().exists():
+                raise ConfigError(f"{text}: quote a path with commas: {_in_shell(text)}")
             raise ConfigError(
                 f"{text}: one run takes one value; for several use `umtrain sweep {text}`"
             )
@@ -243,15 +250,21 @@ def _parse_override(text: str) -> Any:
 
     if text.startswith(("~", "+")):
         raise ConfigError(f"{text}: keys cannot be added or removed; write key=value")
-    key, equals, value = text.partition("=")
+    _, equals, value = text.partition("=")
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         if equals and value:
-            hint = f"quote a value with special characters: {key}={quoted(value)!r}"
+            hint = f"quote a value with special characters: {_in_shell(text)}"
         else:
             hint = "write key=value, for example res=1024"
         raise ConfigError(f"{text!r} is not an override; {hint}") from error
+
+
+def _in_shell(text: str) -> str:
+    """Return the override as one types it in a shell, its value quoted for Hydra."""
+    key, _, value = text.partition("=")
+    return shlex.quote(f"{key}={quoted(value)}")
 
 
 def _unknown(what: str, got: str, options: list[str]) -> str:
@@ -327,7 +340,6 @@ def _check_numbers(config: RunConfig) -> None:
         "res": 64,
         "batch_size": 1,
         "epochs": 1,
-        "seed": 0,
         "dataset.workers": 0,
         "memory.prefetch_depth": 0,
         "optim.accumulate": 1,
@@ -338,11 +350,13 @@ def _check_numbers(config: RunConfig) -> None:
     for key, least in at_least.items():
         if _value(config, key) < least:
             raise ConfigError(f"{key}={_value(config, key)}: must be at least {least}")
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed={config.seed}: must be at least 0 and below 2**63")
     positive = ["optim.lr", "dataset.aspect", "dataset.mpp", "optim.clip_norm"]
     for key in positive:
         value = _value(config, key)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{key}={value}: must be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{key}={value}: must be more than 0, and finite")
     if not 0 <= config.optim.warmup_fraction < 1:
         raise ConfigError("optim.warmup_fraction: must be at least 0 and below 1")
     for key in ("memory.device_budget", "memory.host_budget", "memory.group_bytes"):
@@ -352,6 +366,7 @@ def _check_numbers(config: RunConfig) -> None:
 
 def _check_combinations(config: RunConfig) -> None:
     dataset, model = config.dataset, config.model
+    _check_ignored(config)
     if _MODEL_TASKS[model.name] != dataset.name:
         fitting = [name for name, task in _MODEL_TASKS.items() if task == dataset.name]
         raise ConfigError(
@@ -364,11 +379,13 @@ def _check_combinations(config: RunConfig) -> None:
     if dataset.name == "wsi" and dataset.aspect != 1:
         raise ConfigError("dataset.aspect: slides are read as squares; leave it at 1")
     if dataset.name == "spine" and config.res % RES_MULTIPLE_PX:
-        near = max(64, round(config.res / RES_MULTIPLE_PX) * RES_MULTIPLE_PX)
+        near = max(_LEAST_SPINE_RES, round(config.res / RES_MULTIPLE_PX) * RES_MULTIPLE_PX)
         raise ConfigError(
             f"res={config.res}: {model.name} halves the image six times; use a multiple of "
             f"{RES_MULTIPLE_PX}, for example res={near}"
         )
+    if dataset.name == "spine" and config.res < _LEAST_SPINE_RES:
+        raise ConfigError(f"res={config.res}: must be at least {_LEAST_SPINE_RES} for radiographs")
     if model.pool is not None and dataset.name == "spine":
         raise ConfigError(f"model.pool={model.pool}: {model.name} has no global pooling")
     if model.norm == "frozen" and model.pretrained is None:
@@ -376,6 +393,18 @@ def _check_combinations(config: RunConfig) -> None:
             "model.norm=frozen keeps the statistics of pretrained weights; give "
             "model.pretrained=PATH, or use model.norm=batch or group"
         )
+
+
+def _check_ignored(config: RunConfig) -> None:
+    """Refuse keys that would have no effect: someone meant something by them."""
+    dataset = config.dataset
+    if dataset.name == "wsi" and dataset.fit == "resize" and dataset.mpp is not None:
+        raise ConfigError("dataset.mpp: has no effect with dataset.fit=resize; use pad or crop")
+    if dataset.name == "spine":
+        defaults = DatasetConfig(name="spine")
+        for key in ("fit", "mpp", "positive"):
+            if getattr(dataset, key) != getattr(defaults, key):
+                raise ConfigError(f"dataset.{key}: radiographs have no such choice; leave it out")
 
 
 def _check_files(config: RunConfig) -> None:

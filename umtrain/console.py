@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 LINE_INTERVAL_S = 5.0
+_PLAIN_WIDTH = 120
 
 
 class Task(Protocol):
@@ -36,7 +37,9 @@ class Console:
     """Prints for people, and keeps a log."""
 
     def __init__(self, rich: RichConsole | None = None) -> None:
-        self.rich = rich or RichConsole(highlight=False, soft_wrap=not sys.stdout.isatty())
+        # Off a terminal nothing says how wide a line may be: a table should not be squeezed.
+        width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+        self.rich = rich or RichConsole(highlight=False, width=width, soft_wrap=width is not None)
         self._log: IO[str] | None = None
 
     def relay_logging(self) -> None:
@@ -66,7 +69,7 @@ class Console:
         """Print a table or another rich renderable."""
         self.rich.print(renderable)
         if self._log is not None:
-            plain = RichConsole(file=self._log, width=100, color_system=None)
+            plain = RichConsole(file=self._log, width=_PLAIN_WIDTH, color_system=None)
             plain.print(renderable)
             self._log.flush()
 

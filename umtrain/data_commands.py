@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from rich.table import Table
+from rich.text import Text
 
 from umtrain.arguments import parse_arguments
 from umtrain.console import Console
@@ -41,9 +42,7 @@ def make(words: list[str], console: Console) -> int:
     try:
         partial.mkdir(parents=True)
         with console.task(f"making {n} files", n) as bar:
-            _MAKERS[kind](
-                partial, n, size_px, seed, lambda done, _: bar.update(done), os.cpu_count() or 1
-            )
+            _MAKERS[kind](partial, n, size_px, seed, lambda done, _: bar.update(done), _n_cores())
         partial.rename(out)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
@@ -60,21 +59,24 @@ def check(words: list[str], console: Console) -> int:
         raise ConfigError("umtrain data check needs a manifest: umtrain data check slides.csv")
     path = Path(given.files[0]).expanduser()
     kind = cast(Kind, given.choice("dataset", _KINDS, _kind_of(path)))
+    root = given.values.get("root")
     fit = given.choice("fit", ("resize", "pad", "crop"), "resize")
     with console.task(f"checking {path.name}", _n_rows(path)) as bar:
         report = check_manifest(
             path,
             kind,
-            given.values.get("root"),
+            Path(root).expanduser() if root is not None else None,
             needs_mpp=fit != "resize",
-            workers=os.cpu_count() or 1,
+            workers=_n_cores(),
             progress=lambda done, _: bar.update(done),
         )
     if report.ok:
         console.say(f"{path}: {report.n_rows} rows, every file opens, nothing wrong")
         return 0
     console.show(_problem_table(report))
-    console.say(f"{path}: {len(report.problems)} problems in {report.n_rows} rows")
+    n_problems = len(report.problems)
+    noun = "problem" if n_problems == 1 else "problems"
+    console.say(f"{path}: {n_problems} {noun} in {report.n_rows} rows")
     return EXIT_PROBLEMS
 
 
@@ -101,6 +103,10 @@ def import_table(words: list[str], console: Console) -> int:
     return 0
 
 
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def _kind_of(path: Path) -> str:
     """Return the kind of a manifest by its id column, which only one kind has."""
     for _, cells in iter_rows(read_text(path), path):
@@ -116,5 +122,6 @@ def _problem_table(report: CheckReport) -> Table:
     table = Table("row", "id", "file", "what is wrong", "what to do")
     for problem in report.problems:
         row = "" if problem.row is None else str(problem.row)
-        table.add_row(row, problem.id, problem.path.name, problem.what, problem.fix)
+        # As Text: an id or a file name is no markup, whatever brackets it has.
+        table.add_row(*map(Text, (row, problem.id, problem.path.name, problem.what, problem.fix)))
     return table

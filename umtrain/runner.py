@@ -1,30 +1,25 @@
 """The one runner: data, model, strategy, loop, record."""
 
-import csv
 import dataclasses
-import io
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-import yaml
 from rich.table import Table
 from torch import nn
 
 from umtrain import memory, tasks
 from umtrain.checkpoint import BEST, FOLDER, load_checkpoint
-from umtrain.config import RunConfig, config_from_dict, config_to_dict, run_identity
+from umtrain.config import RunConfig, run_identity
 from umtrain.console import Console, format_duration
 from umtrain.data.demo import demo_manifest, demo_spec
-from umtrain.data.manifest import Kind, Split, read_manifest
+from umtrain.data.labels import positive_class
+from umtrain.data.manifest import Kind, Manifest, Slide, Split, read_manifest
 from umtrain.device import device_name, resolve_device, resolve_precision
-from umtrain.errors import ConfigError, OutOfMemoryError, RunError
-from umtrain.files import write_text
+from umtrain.errors import ConfigError, DataError, OutOfMemoryError, RunError
 from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import group_rows, make_groups
@@ -32,12 +27,18 @@ from umtrain.memory.working_set import measure_working_sets
 from umtrain.report import html, plots
 from umtrain.report.record import Record, environment, read_record, write_record
 from umtrain.report.tables import group_table, run_table
-from umtrain.tasks import AnyManifest, Row, Task
+from umtrain.run_dir import (
+    choose_run_dir,
+    create_run_dir,
+    newest_run,
+    read_predictions,
+    read_run_config,
+    write_predictions,
+)
+from umtrain.tasks import AnyManifest, Task
 from umtrain.training import Trainer, autocast, inference, input_dtype
 
-RUNS = Path("runs")
-PREDICTIONS = "predictions.csv"
-CONFIG = "config.yaml"
+_N_SHOWN = 20
 
 
 def fit(config: RunConfig, console: Console) -> Path:
@@ -48,13 +49,14 @@ def fit(config: RunConfig, console: Console) -> Path:
     """
     started_s = time.monotonic()
     recycle_large_buffers()
+    run_dir = choose_run_dir(config)
     device = resolve_device(config.device)
     config = dataclasses.replace(
         config, device=device.type, precision=resolve_precision(config.precision, device)
     )
     config, manifest = _with_manifest(config, console)
     task = tasks.create(config, manifest)
-    run_dir = _create_run_dir(config)
+    create_run_dir(run_dir, config)
     console.open_log(run_dir / "log.txt")
     record = _new_record("fit", task, device)
     try:
@@ -71,13 +73,23 @@ def fit(config: RunConfig, console: Console) -> Path:
 def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], console: Console) -> Path:
     """Evaluate the best checkpoint of a run (null: the newest) on `split`; update its record.
 
-    `changes` replaces root keys (device, precision) and `dataset.` keys of the run's config.
+    `changes` replaces keys of the run's config: device, precision, dataset.workers, and
+    dataset.manifest and dataset.root for data that has moved. Raises ConfigError if the manifest
+    is another one: its figures would stand under the name of the one trained with.
     """
     run_dir = run_dir or newest_run()
     record = read_record(run_dir)
-    config = _read_run_config(run_dir, changes)
+    config = read_run_config(run_dir, changes)
     device = resolve_device(config.device)
+    config = dataclasses.replace(
+        config, device=device.type, precision=resolve_precision(config.precision, device)
+    )
     manifest = _read_manifest(config)
+    if manifest.sha256 != record["data"].get("manifest_sha256"):
+        raise ConfigError(
+            f"{manifest.path} is not the manifest that {run_dir} was trained with (its content "
+            "differs); evaluate with the same rows, or train a run on the new ones"
+        )
     task = tasks.create(config, manifest)
     if not manifest.split(split):
         raise ConfigError(f"split={split}: {manifest.path} has no rows of this split")
@@ -85,16 +97,6 @@ def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], consol
     _evaluate_split(task, split, device, run_dir, record, console)
     _publish(run_dir, record, console)
     return run_dir
-
-
-def newest_run(runs: Path = RUNS) -> Path:
-    """Return the run directory whose record is the newest. Raises RunError if there is none."""
-    records = [*runs.glob("*/metrics.json"), *runs.glob("*/*/metrics.json")]
-    if not records:
-        raise RunError(
-            f"no run found in {runs}/; train one with `umtrain fit`, or name it with run=DIR"
-        )
-    return max(records, key=lambda path: path.stat().st_mtime).parent
 
 
 def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyManifest]:
@@ -109,7 +111,26 @@ def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyM
     manifest = _read_manifest(config)
     if not manifest.split("train"):
         raise ConfigError(f"{path}: no row has split=train; nothing to train on")
+    _check_files(manifest)
+    if manifest.kind == "wsi":
+        # Kept with the run: another version of the rules must not turn its labels round.
+        positive = positive_class(cast(Manifest[Slide], manifest), dataset.positive)
+        config = dataclasses.replace(
+            config, dataset=dataclasses.replace(config.dataset, positive=positive)
+        )
     return config, manifest
+
+
+def _check_files(manifest: AnyManifest) -> None:
+    missing = [record for record in manifest.records if not record.path.is_file()]
+    if missing:
+        shown = "\n".join(f"  row {record.row}: {record.path}" for record in missing[:_N_SHOWN])
+        more = f"\n  and {len(missing) - _N_SHOWN} more" if len(missing) > _N_SHOWN else ""
+        raise DataError(
+            f"{manifest.path}: {len(missing)} of {len(manifest.records)} files are missing:\n"
+            f"{shown}{more}\nPut them there, correct the paths or dataset.root; "
+            f"`umtrain data check {manifest.path}` finds everything that is wrong"
+        )
 
 
 def _demo_manifest(name: str, res: int, console: Console) -> Path:
@@ -125,42 +146,12 @@ def _read_manifest(config: RunConfig) -> AnyManifest:
     return read_manifest(Path(str(dataset.manifest)), cast(Kind, dataset.name), root)
 
 
-def _create_run_dir(config: RunConfig) -> Path:
-    if config.run_dir is not None:
-        run_dir = Path(config.run_dir).expanduser()
-        if run_dir.exists() and any(run_dir.iterdir()):
-            raise ConfigError(
-                f"run_dir={run_dir} is not empty; name a new folder, or remove the old run first"
-            )
-    else:
-        stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-        name = f"{stamp}-{config.dataset.name}-{config.model.name}-{config.res}"
-        run_dir = RUNS / f"{name}-{config.memory.name}-{os.getpid()}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / CONFIG, yaml.safe_dump(config_to_dict(config), sort_keys=False))
-    except OSError as error:
-        raise RunError(f"{run_dir}: cannot be written ({error.strerror})") from error
-    return run_dir
-
-
-def _read_run_config(run_dir: Path, changes: dict[str, Any]) -> RunConfig:
-    path = run_dir / CONFIG
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: not readable as a run's configuration ({error})") from error
-    for key, value in changes.items():
-        group, _, leaf = key.rpartition(".")
-        (values[group] if group else values)[leaf] = value
-    return config_from_dict(values)
-
-
 def _new_record(command: str, task: Task, device: torch.device) -> Record:
     config, manifest = task.config, task.manifest
     return {
         "status": "failed",
         "command": command,
+        "started_at_s": time.time(),
         **run_identity(config),
         "throughput": None,
         "memory_use": None,
@@ -236,9 +227,11 @@ def _train(
     try:
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
-        trainer = Trainer(task, model, strategy, device, run_dir, console)
+        with strategy.guard():
+            trainer = Trainer(task, model, strategy, device, run_dir, console)
         try:
-            trainer.fit()
+            with strategy.guard():
+                trainer.fit()
         finally:
             record["train"] = trainer.progress.train_figures()
             record["throughput"] = trainer.progress.throughput()
@@ -274,31 +267,27 @@ def _test(
 def _evaluate_split(
     task: Task, split: Split, device: torch.device, run_dir: Path, record: Record, console: Console
 ) -> None:
+    path = run_dir / FOLDER / BEST
     model = task.create_model()
-    model.load_state_dict(load_checkpoint(run_dir / FOLDER / BEST)["model"])
+    try:
+        model.load_state_dict(load_checkpoint(path)["model"])
+    except (KeyError, RuntimeError) as error:
+        raise RunError(
+            f"{path}: not a checkpoint of this run's {task.config.model.name}"
+        ) from error
     loader = task.loader(split, training=False)
-    rows, loss = inference(task, model.to(device), split, loader, console)
-    record[split] = {"loss": loss, "n": len(rows), **task.metrics(rows)}
-    _write_predictions(run_dir, task.fields, rows, split)
-
-
-def _write_predictions(run_dir: Path, fields: tuple[str, ...], rows: list[Row], split: str) -> None:
-    path = run_dir / PREDICTIONS
-    kept = [row for row in read_predictions(run_dir) if row["split"] != split]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields)
-    writer.writeheader()
-    writer.writerows([*kept, *rows])
-    write_text(path, text.getvalue())
-
-
-def read_predictions(run_dir: Path) -> list[Row]:
-    """Return the rows of a run's predictions.csv as text values; none if it is not there yet."""
-    path = run_dir / PREDICTIONS
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    # Nothing is kept for a backward pass: what evaluation needs, ordinary memory has.
+    with memory.create("vanilla", device=device.type).guard():
+        rows, loss = inference(task, model.to(device), split, loader, console)
+    record[split] = {
+        "loss": loss,
+        "n": len(rows),
+        **task.metrics(rows),
+        "precision": task.config.precision,
+        "device": task.config.device,
+    }
+    record["reasons"].pop(split, None)
+    write_predictions(run_dir, task.fields, rows, split)
 
 
 def _publish(run_dir: Path, record: Record, console: Console) -> None:

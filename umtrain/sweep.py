@@ -13,20 +13,31 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.live import Live
+from rich.text import Text
 
-from umtrain.config import RunConfig, load_config, quoted, run_identity, sweep_axes
+from umtrain.config import (
+    RunConfig,
+    config_to_dict,
+    load_config,
+    quoted,
+    run_identity,
+    sweep_axes,
+)
 from umtrain.console import Console, format_duration
-from umtrain.errors import RunError
+from umtrain.errors import RunError, UmtrainError
 from umtrain.files import write_json, write_text
 from umtrain.report.plots import sweep_plot
 from umtrain.report.record import RECORD_NAME, Record, figure, read_record
 from umtrain.report.tables import strategy_table, sweep_cells, sweep_table
+from umtrain.run_dir import read_run_config
 
 SWEEPS = Path("runs")
 _SETTLED = ("ok", "oom")
+_LONGEST_NAME = 120
 _COLUMNS = {
     "status": "status",
     "images_per_s_mean": "throughput.images_per_s.mean",
@@ -63,7 +74,10 @@ def sweep(overrides: list[str], console: Console) -> Path:
     axes, fixed = sweep_axes(overrides)
     folder = _sweep_folder(axes, fixed)
     jobs = plan_jobs(axes, fixed, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"run_dir={folder}: cannot be made ({error.strerror})") from error
     console.say(f"sweep of {len(jobs)} jobs in {folder}")
     started_s = time.monotonic()
     records: list[Record] = []
@@ -91,31 +105,60 @@ def plan_jobs(axes: dict[str, list[str]], fixed: list[str], folder: Path) -> lis
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         overrides = [*fixed, *(f"{key}={value}" for key, value in point.items())]
-        name = "_".join(re.sub(r"[^\w.-]", "-", f"{key}-{point[key]}") for key in point)
-        config = load_config(overrides)
-        jobs.append(Job(point, overrides, folder / name, config))
+        jobs.append(Job(point, overrides, folder / _job_name(point), load_config(overrides)))
     return jobs
+
+
+def _job_name(point: dict[str, str]) -> str:
+    """Return a folder name for a job, another one for every other point."""
+    words = "_".join(f"{key}-{value}" for key, value in point.items())
+    name = re.sub(r"[^\w.-]", "-", words)
+    if name == words and len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
 def _sweep_folder(axes: dict[str, list[str]], fixed: list[str]) -> Path:
     given = [text for text in fixed if text.startswith("run_dir=")]
-    if given:
-        fixed.remove(given[0])
-        return Path(given[0].removeprefix("run_dir=")).expanduser()
+    for text in given:
+        fixed.remove(text)
+    run_dir = load_config(given).run_dir if given else None
+    if run_dir is not None:
+        return Path(run_dir).expanduser()
     identity = json.dumps([axes, sorted(fixed)], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     return SWEEPS / f"sweep-{'-'.join(key.split('.')[-1] for key in axes)}-{digest}"
 
 
 def _finished(job: Job) -> Record | None:
-    """Return the record of an earlier run of the same job, if it is settled."""
+    """Return the record of an earlier run of the same job on the same data, if it is settled."""
     if not (job.run_dir / RECORD_NAME).exists():
         return None
     try:
         record = read_record(job.run_dir)
-    except RunError:
+        before = config_to_dict(read_run_config(job.run_dir, {}))
+    except UmtrainError:
         return None
-    return record if record["status"] in _SETTLED else None
+    same = _same_choices(config_to_dict(job.config), before) and _same_data(job, record)
+    return record if same and record["status"] in _SETTLED else None
+
+
+def _same_choices(wanted: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Tell whether a run made with `before` is what `wanted` asks for; auto and null take any."""
+    return all(
+        _same_choices(value, before[key])
+        if isinstance(value, dict)
+        else value in (before[key], "auto", None) or key in ("run_dir", "manifest")
+        for key, value in wanted.items()
+    )
+
+
+def _same_data(job: Job, record: Record) -> bool:
+    manifest = job.config.dataset.manifest
+    if manifest is None:
+        return True
+    content = Path(manifest).expanduser().read_bytes()
+    return bool(hashlib.sha256(content).hexdigest() == record["data"].get("manifest_sha256"))
 
 
 def _run_job(job: Job, display: "_Display") -> Record:
@@ -136,13 +179,24 @@ def _run_job(job: Job, display: "_Display") -> Record:
             display.job_says(line)
         code = process.wait()
     except KeyboardInterrupt:
-        # A terminal has sent the job the same signal; let it write its record.
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=20)
+        _end(process)
         raise
-    if (job.run_dir / RECORD_NAME).exists():
+    try:
         return read_record(job.run_dir)
-    return _lost_record(job, code, last_line)
+    except RunError:
+        return _lost_record(job, code, last_line)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Wait for a job that a terminal has interrupted with us; ask again, then insist."""
+    for ask, patience_s in ((None, 10), (process.terminate, 10), (process.kill, None)):
+        if ask is not None:
+            ask()
+        try:
+            process.wait(patience_s)
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
@@ -215,7 +269,7 @@ class _Display:
         """Show a line of the running job."""
         if self._live.is_started:
             table = sweep_table(self._records, self._axes)
-            self._live.update(Group(table, line[: self._console.rich.width]), refresh=True)
+            self._live.update(Group(table, Text(line[: self._console.rich.width])), refresh=True)
         else:
             self._console.say(f"  {line}")
 

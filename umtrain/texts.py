@@ -48,9 +48,10 @@ COMMANDS = {
         True,
     ),
     "eval": Command(
-        "umtrain eval [run=DIR] [split=test|val|train] [device=…] [dataset.manifest=CSV]",
+        "umtrain eval [run=DIR] [split=test|val] [device=…] [precision=…] [dataset.manifest=CSV]",
         "evaluate the best checkpoint of a run; the newest run if none is named",
-        "Updates metrics.json, predictions.csv and report.html of the run.",
+        "Updates metrics.json, predictions.csv and report.html of the run. dataset.manifest and "
+        "dataset.root are for the same data in another place.",
         ("umtrain eval", "umtrain eval run=runs/night split=val"),
         False,
     ),
@@ -59,7 +60,8 @@ COMMANDS = {
         "make synthetic data, check a manifest and its files, import other tables",
         "data make dataset=wsi|spine [n=…] [size=…] [seed=0] [out=DIR]\n"
         "data check CSV [dataset=wsi|spine] [root=DIR] [fit=pad|crop]\n"
-        "data import TABLE slides=DIR out=CSV [format=camelyon16|panda|clam|simple] [seed=0]",
+        "data import TABLE slides=DIR out=CSV [seed=0] "
+        "[format=camelyon16|panda|panda_isup|clam|simple]",
         (
             "umtrain data make dataset=wsi n=60 size=2048 out=slides",
             "umtrain data check slides/manifest.csv",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from umtrain.checkpoint import BEST, FOLDER, LAST, save_checkpoint
-from umtrain.config import OptimConfig, RunConfig, config_to_dict
+from umtrain.config import OptimConfig, RunConfig
 from umtrain.console import Console
 from umtrain.data.loader import Batch, Loader
 from umtrain.data.manifest import Split
@@ -125,6 +125,7 @@ class Trainer:
         with autocast(device, self.config.precision):
             sample = task.sample_input(device, input_dtype(self.config.precision))
             self.model = strategy.prepare(model, sample)
+        self.n_train = len(task.manifest.split("train"))
         self.steps_per_epoch = math.ceil(len(self.loader) / self.config.optim.accumulate)
         planned = self.config.epochs * self.steps_per_epoch
         self.total_steps = min(planned, self.config.max_steps or planned)
@@ -159,17 +160,15 @@ class Trainer:
 
     def _step(self, epoch: int, batches: Iterator[tuple[Batch, float]]) -> Step:
         number = len(self.progress.steps) + 1
-        accumulate = self.config.optim.accumulate
-        first = (number - 1) % self.steps_per_epoch * accumulate
-        n_batches = min(accumulate, len(self.loader) - first)
+        n_batches, n_images_planned = self._plan_step((number - 1) % self.steps_per_epoch)
         lr = self.optimizer.param_groups[0]["lr"]
         wait_s, busy_s, n_images, total_loss = 0.0, 0.0, 0, 0.0
         for _ in range(n_batches):
             batch, waited_s = next(batches)
             wait_s += waited_s
             start_s = self._now()
-            loss = self._forward_backward(batch, n_batches)
-            total_loss += loss
+            share = len(batch["id"]) / n_images_planned
+            total_loss += self._forward_backward(batch, share)
             n_images += len(batch["id"])
             busy_s += self._now() - start_s
         start_s = self._now()
@@ -177,13 +176,22 @@ class Trainer:
         busy_s += self._now() - start_s
         return Step(number, epoch, total_loss, lr, n_images, busy_s, wait_s)
 
-    def _forward_backward(self, batch: Batch, n_batches: int) -> float:
+    def _plan_step(self, step_in_epoch: int) -> tuple[int, int]:
+        """Return the batches and the images of a step; an epoch's last ones may be fewer."""
+        accumulate, batch_size = self.config.optim.accumulate, self.config.batch_size
+        first = step_in_epoch * accumulate
+        n_batches = min(accumulate, len(self.loader) - first)
+        n_images = min(n_batches * batch_size, self.n_train - first * batch_size)
+        return n_batches, n_images
+
+    def _forward_backward(self, batch: Batch, share: float) -> float:
+        """Add the gradients of `batch` by its `share` of the step's images; return its loss."""
         precision = self.config.precision
         inputs = self.task.inputs(batch, self.device, input_dtype(precision))
         with self.strategy.step():
             with autocast(self.device, precision):
                 outputs = self.model(inputs)
-            loss: Tensor = self.task.loss(outputs, batch) / n_batches
+            loss: Tensor = self.task.loss(outputs, batch) * share
             loss.backward()  # type: ignore[no-untyped-call]
         value = loss.item()
         if not math.isfinite(value):
@@ -208,25 +216,31 @@ class Trainer:
         return time.perf_counter()
 
     def _validate(self, epoch: int) -> None:
-        rows, loss = inference(self.task, self.model, "val", self.validation, self.console)
-        metrics = self.task.metrics(rows) if rows else {}
-        score = self.task.score(metrics, loss if rows else self.progress.steps[-1].loss)
-        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.schedule.step(-score[0] if math.isfinite(score[0]) else -score[1])
-        headline = metrics.get(self.task.headline)
-        self.progress.validations.append(
-            {"epoch": epoch, "loss": loss, self.task.headline: headline}
-        )
-        better = self.progress.best is None or score > self.progress.best
+        better, shown = True, "no validation images"
+        if self.task.manifest.split("val"):
+            rows, loss = inference(self.task, self.model, "val", self.validation, self.console)
+            better, shown = self._judge(epoch, self.task.metrics(rows), loss)
         if better:
-            self.progress.best, self.progress.best_epoch = score, epoch
+            self.progress.best_epoch = epoch
             save_checkpoint(self.run_dir / FOLDER / BEST, self._weights(epoch))
         save_checkpoint(self.run_dir / FOLDER / LAST, self._state(epoch))
-        shown = "-" if headline is None else f"{headline:.3f}"
         self.console.say(
-            f"epoch {epoch}/{self.config.epochs}: train loss {self._epoch_loss(epoch):.4f}, "
-            f"val loss {loss:.4f}, val {self.task.headline} {shown}{'  (best)' if better else ''}"
+            f"epoch {epoch}/{self.config.epochs}: train loss {self._epoch_loss(epoch):.4f}, {shown}"
         )
+
+    def _judge(self, epoch: int, metrics: dict[str, Any], loss: float) -> tuple[bool, str]:
+        """Note a validation; return whether it is the best so far, and words for it."""
+        name = self.task.headline
+        headline = metrics.get(name)
+        score = self.task.score(metrics, loss)
+        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.schedule.step(loss if headline is None else -score[0])
+        self.progress.validations.append({"epoch": epoch, "loss": loss, name: headline})
+        better = self.progress.best is None or score > self.progress.best
+        if better:
+            self.progress.best = score
+        value = "-" if headline is None else f"{headline:.3f}"
+        return better, f"val loss {loss:.4f}, val {name} {value}{'  (best)' if better else ''}"
 
     def _epoch_loss(self, epoch: int) -> float:
         losses = [step.loss for step in self.progress.steps if step.epoch == epoch]
@@ -238,7 +252,6 @@ class Trainer:
             "model": self.model.state_dict(),
             "epoch": epoch,
             "step": len(self.progress.steps),
-            "config": config_to_dict(self.config),
         }
 
     def _state(self, epoch: int) -> dict[str, Any]:
@@ -273,9 +286,16 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
 def create_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return warm-up then cosine or constant, stepped each update; or plateau, each epoch."""
+    """Return warm-up then cosine or constant, stepped each update; or plateau, each epoch.
+
+    Plateau has no warm-up: it starts at the full rate and falls to 0.3 of it after 4 epochs
+    without a better validation.
+    """
     if config.schedule == "plateau":
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=3)
+        # Absolute: relative to a negative best (an AUC's), an equal value would count as better.
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.3, patience=3, threshold=1e-4, threshold_mode="abs"
+        )
     warmup_steps = round(config.warmup_fraction * total_steps)
 
     def factor(step: int) -> float:

@@ -43,7 +43,7 @@ def test_check_names_the_row_and_ends_with_2(slides, tmp_path, capsys):
     assert main(["data", "check", str(manifest)]) == 2
     printed = capsys.readouterr().out
     assert rows[1]["slide_id"] in printed
-    assert "1 problems in 8 rows" in printed
+    assert "1 problem in 8 rows" in printed
 
 
 def test_make_never_touches_a_folder_that_is_there(tmp_path, capsys):

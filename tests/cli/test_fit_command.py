@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,74 @@ def test_radiographs_train_to_an_error_in_mm(radiographs, umtrain, tmp_path):
     assert {"c7_x_true", "s1_y_pred", "sva_true_mm", "sva_pred_mm", "mm_per_px"} <= set(row)
 
 
+def _rewritten(slides, target, **changes):
+    """Write the slides' manifest to `target`, cells changed by `column=function(value)`."""
+    with slides.open() as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        row |= {"path": str(slides.parent / row["path"]), "mask": ""}
+        row |= {column: change(row[column]) for column, change in changes.items()}
+    with target.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return target
+
+
+def test_a_missing_file_is_noticed_before_training(slides, umtrain, tmp_path):
+    manifest = _rewritten(
+        slides, tmp_path / "m.csv", path=lambda path: path.replace("slide_0007", "gone")
+    )
+    done = umtrain("fit", *SMALL, f"dataset.manifest={manifest}", "run_dir=run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "1 of 8 files are missing:\n  row 9:" in done.stderr
+    assert "gone.tif" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_validation_images_the_last_epoch_counts(slides, umtrain, tmp_path):
+    manifest = _rewritten(
+        slides, tmp_path / "m.csv", split=lambda split: split.replace("val", "train")
+    )
+    done = umtrain(
+        *("fit", "res=64", "epochs=2", "max_steps=7", "dataset.workers=0", "optim.accumulate=2"),
+        *("batch_size=2", f"dataset.manifest={manifest}", "run_dir=run"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no validation images" in done.stdout
+    assert "nan" not in done.stdout
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert record["val"] is None
+    assert "no rows of split val" in record["reasons"]["val"]
+    assert record["train"]["best_epoch"] == 2
+
+
+def test_eval_refuses_another_manifest(finished_run, slides, umtrain, tmp_path):
+    run_dir, _ = finished_run
+    before = (run_dir / "metrics.json").read_bytes()
+    other = _rewritten(slides, tmp_path / "m.csv", label=lambda label: f"class {label}")
+    done = umtrain("eval", f"run={run_dir}", f"dataset.manifest={other}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is not the manifest that" in done.stderr
+    assert (run_dir / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.yaml", b""), ("config.yaml", b"[1]"), ("checkpoints/best.pt", b"\x80junk")],
+)
+def test_a_damaged_run_is_named_by_its_file(finished_run, umtrain, tmp_path, name, content):
+    run_dir, _ = finished_run
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    (copy / name).write_bytes(content)
+    done = umtrain("eval", "run=run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"run/{name}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_wrong_manifest_ends_before_anything_is_written(umtrain, tmp_path):
     (tmp_path / "slides.csv").write_text("slide_id,patient_id,path,label\ns,p,x.tif,1\n")
     done = umtrain("fit", "dataset.manifest=slides.csv", "run_dir=run", cwd=tmp_path)
@@ -134,13 +203,16 @@ def test_a_wrong_manifest_ends_before_anything_is_written(umtrain, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_out_of_memory_is_an_outcome_with_its_own_exit_code(slides, umtrain, tmp_path):
+# The first runs out in the forward pass, the second in the optimizer's state.
+@pytest.mark.parametrize(("res", "budget"), [(256, "200MiB"), (64, "300MiB")])
+def test_out_of_memory_is_an_outcome_with_its_own_exit_code(slides, umtrain, tmp_path, res, budget):
     done = umtrain(
         "fit",
-        "res=256",
+        f"res={res}",
         "epochs=1",
         "precision=fp32",
-        "memory.device_budget=200MiB",
+        "dataset.workers=0",
+        f"memory.device_budget={budget}",
         f"dataset.manifest={slides}",
         "run_dir=run",
         cwd=tmp_path,

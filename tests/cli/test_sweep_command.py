@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from umtrain.sweep import plan_jobs
+
 
 @pytest.fixture(scope="module")
 def swept(slides, umtrain, tmp_path_factory):
@@ -58,3 +60,30 @@ def test_fit_with_several_values_names_sweep(umtrain, tmp_path):
     done = umtrain("fit", "res=256,512", cwd=tmp_path)
     assert done.returncode == 2
     assert "umtrain sweep res=256,512" in done.stderr
+
+
+def test_jobs_of_other_settings_are_not_mistaken_for_finished_ones(swept, umtrain):
+    folder, arguments, _ = swept
+    done = umtrain(*arguments, "seed=7", "optim.lr=0.5", "run_dir=out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "finished before" not in done.stdout
+    assert json.loads((folder / "out" / "res-64" / "metrics.json").read_text())["seed"] == 7
+    assert (folder / "out" / "res-64.unfinished-1" / "metrics.json").exists()
+
+
+def test_every_job_has_a_folder_of_its_own_and_quotes_are_no_part_of_it(slides, tmp_path):
+    axes = {"memory.spill_dir": ["a/m", "a-m", "x" * 300]}
+    jobs = plan_jobs(axes, [f"dataset.manifest={slides}"], tmp_path)
+    names = [job.run_dir.name for job in jobs]
+    assert len(set(names)) == 3
+    assert max(map(len, names)) < 200
+
+
+def test_a_quoted_folder_is_the_folder(umtrain, slides, tmp_path):
+    done = umtrain(
+        *("sweep", "seed=0,1", "res=64", "epochs=1", "max_steps=1", "dataset.workers=0"),
+        *(f"dataset.manifest={slides}", "memory.device_budget=600MiB", "run_dir='a sweep'"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a sweep"]

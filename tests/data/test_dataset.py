@@ -104,20 +104,32 @@ def test_spacing_is_that_of_the_stored_pixels(films):
     assert tuple(sample["spacing_mm"].tolist()) == stored.spacing_mm
 
 
-def test_a_mirrored_patient_faces_the_other_way_and_keeps_the_sva(films):
+def test_a_mirrored_film_maps_back_to_the_same_sva(films):
     mirrored = RadiographAugment(rotation_deg=0, scaling=0, shift=0, mirror=1)
     for film in films:
         plain, flipped = (
             RadiographDataset([film], 128, augment=augment)[SampleKey(0, 0)]
             for augment in (None, mirrored)
         )
-        assert plain["facing"] == {"right": 1, "left": -1}[film.facing]
-        assert flipped["facing"] == -plain["facing"]
-        sva_px = [
-            s["facing"] * float(s["keypoints"][0, 0] - s["keypoints"][1, 0])
+        assert plain["facing"] == flipped["facing"] == {"right": 1, "left": -1}[film.facing]
+        stored_x = [
+            transform(s["keypoints"].numpy().astype(float), s["to_stored"].numpy())[:, 0]
             for s in (plain, flipped)
         ]
-        assert sva_px[0] == pytest.approx(sva_px[1], abs=1e-3)
+        assert stored_x[0] == pytest.approx(stored_x[1], abs=1e-2)
+        assert plain["keypoints"][0, 0] != pytest.approx(float(flipped["keypoints"][0, 0]), abs=1)
+
+
+def test_a_film_is_read_once_and_augmented_anew(films, monkeypatch):
+    reads = []
+    monkeypatch.setattr(
+        "umtrain.data.dataset.read_radiograph",
+        lambda path: reads.append(path) or read_radiograph(path),
+    )
+    dataset = RadiographDataset(films[:1], 128, augment=RadiographAugment())
+    first, second = dataset[SampleKey(0, 0)], dataset[SampleKey(1, 0)]
+    assert len(reads) == 1
+    assert not torch.equal(first["image"].to(torch.int32), second["image"].to(torch.int32))
 
 
 @pytest.mark.parametrize("kind", ["wsi", "spine"])
@@ -180,7 +192,7 @@ def test_a_batch_of_radiographs_has_a_row_for_each(films):
     batch = next(iter(make_loader(RadiographDataset(films, RES), 3, shuffle=False)))
     shapes = {key: tuple(value.shape) for key, value in batch.items() if key != "id"}
     assert shapes == {
-        "image": (3, 1, RES, 32),
+        "image": (3, 1, RES, 64),
         "keypoints": (3, 2, 2),
         "to_stored": (3, 2, 3),
         "spacing_mm": (3, 2),

@@ -22,7 +22,7 @@ from umtrain.memory.working_set import LayerUse, measure_working_sets, working_s
 
 @pytest.fixture
 def resnet():
-    return models.create("resnet50", in_channels=3, n_outputs=2)
+    return models.create("resnet50", in_channels=3, n_outputs=2, pool="avg")
 
 
 def test_a_layer_touches_its_input_output_and_parameters():

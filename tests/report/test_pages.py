@@ -73,6 +73,28 @@ def test_a_job_out_of_memory_is_a_row_that_says_so():
     assert "OOM" in printed(sweep_table([record(), oom], ["res"]))
 
 
+def test_brackets_in_what_a_user_wrote_are_shown_not_read_as_markup():
+    odd = record(axes={"memory.cpu_layers": "[layer1]", "x": "[/x]"})
+    text = printed(sweep_table([odd], ["memory.cpu_layers", "x"]))
+    assert "[layer1]" in text
+    assert "[/x]" in text
+
+
+def test_an_axis_of_words_and_numbers_is_drawn_in_order(run_dir):
+    records = [record(axes={"optim.clip_norm": value}) for value in ("null", "1.0")]
+    assert sweep_plot(run_dir / "s.png", records, "optim.clip_norm").path.exists()
+
+
+def test_datasets_side_by_side_have_a_panel_each(run_dir):
+    spine = record(dataset="spine", test={"n": 3, "mae_mm": 2.0, "mae_ci_mm": [1.0, 3.0]})
+    widths = []
+    for name, records in (("a.png", [record()]), ("b.png", [record(), spine])):
+        with Image.open(sweep_plot(run_dir / name, records, "res").path) as image:
+            widths.append(image.width)
+    assert widths[1] > widths[0]
+    assert "AUC (95% CI) or SVA MAE, mm" in printed(sweep_table([record(), spine], ["res"]))
+
+
 def test_the_comparison_has_resolutions_down_and_strategies_across():
     records = [
         record(memory="vanilla", res=512),

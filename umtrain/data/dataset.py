@@ -69,7 +69,7 @@ class RadiographSample(TypedDict):
     image: uint16 (1, height, width). keypoints: float32 (2, 2), (x, y) of C7 and of S1 in pixels
     of `image`. to_stored: float64 (2, 3), the map from pixels of `image` to the stored file's.
     spacing_mm: float64 (2,), row and column spacing of the stored file. facing: +1 if forwards
-    for the patient is to the right of `image`, -1 if to the left. index: position in
+    for the patient is to the right in the stored file, -1 if to the left. index: position in
     the dataset.
     """
 
@@ -129,7 +129,7 @@ class SlideDataset(Dataset[SlideSample]):
 
 
 class RadiographDataset(Dataset[RadiographSample]):
-    """Radiographs scaled into a frame `res` high, `aspect` times as wide (to a multiple of 32).
+    """Radiographs scaled into a frame `res` high, `aspect` times as wide (to a multiple of 64).
 
     The image keeps its aspect and is centred with zeros around it. Standing lateral films are
     about twice as high as wide. With `augment`, every epoch sees each image changed in its own
@@ -170,7 +170,7 @@ class RadiographDataset(Dataset[RadiographSample]):
             keypoints=torch.from_numpy(transform(keypoints, to_network).astype(np.float32)),
             to_stored=torch.from_numpy(inverse(to_network)),
             spacing_mm=torch.tensor(spacing_mm, dtype=torch.float64),
-            facing=_FORWARDS[record.facing] * (-1 if np.linalg.det(to_network[:, :2]) < 0 else 1),
+            facing=_FORWARDS[record.facing],
             id=record.id,
             index=key.position,
         )

@@ -12,7 +12,7 @@ from PIL import Image
 
 Affine = NDArray[np.float64]
 
-_WIDTH_MULTIPLE_PX = 32
+_WIDTH_MULTIPLE_PX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Letterbox:
 
 
 def network_width_px(res: int, aspect: float) -> int:
-    """Return the width of a frame `res` high: res * aspect to the nearest 32, at least 32."""
+    """Return the width of a frame `res` high: res * aspect to the nearest 64, at least 64."""
     return max(1, round(res * aspect / _WIDTH_MULTIPLE_PX)) * _WIDTH_MULTIPLE_PX
 
 

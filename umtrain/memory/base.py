@@ -59,14 +59,19 @@ class Strategy(ABC):
         """
         self._meter.start_step()
         self.trace.start_step()
+        with self.guard(), self._around_step():
+            yield
+        self._meter.end_step()
+
+    @contextmanager
+    def guard(self) -> Generator[None]:
+        """Turn running out of memory into OutOfMemoryError; for what is done outside a step too."""
         try:
-            with self._around_step():
-                yield
+            yield
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(self._out_of_memory_text()) from error
             raise
-        self._meter.end_step()
 
     def stats(self) -> MemoryStats:
         """Return the figures of the last whole step."""

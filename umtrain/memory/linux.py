@@ -14,7 +14,6 @@ from umtrain.errors import DeviceError
 _MADV_DONTFORK = 10
 _MADV_PAGEOUT = 21
 _MADV_POPULATE_READ = 22
-_MADV_POPULATE_WRITE = 23
 _FALLOC_FL_ZERO_RANGE = 0x10
 _SYNC_FILE_RANGE_WRITE_AND_WAIT = 1 | 2 | 4
 M_TRIM_THRESHOLD = -1
@@ -60,11 +59,6 @@ def populate_read(address: int, n_bytes: int) -> None:
     _madvise(address, n_bytes, _MADV_POPULATE_READ)
 
 
-def populate_write(address: int, n_bytes: int) -> None:
-    """Map pages ready for writing."""
-    _madvise(address, n_bytes, _MADV_POPULATE_WRITE)
-
-
 def page_out(address: int, n_bytes: int) -> None:
     """Take clean pages out of RAM; dirty ones are unmapped but stay in the page cache."""
     _madvise(address, n_bytes, _MADV_PAGEOUT)
@@ -104,11 +98,6 @@ def resident_bytes(address: int, n_bytes: int) -> int:
     result = _libc().mincore(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes), flags)
     _check(result, "mincore")
     return sum(flag & 1 for flag in flags) * PAGE_BYTES
-
-
-def copy_bytes(target: int, source: int, n_bytes: int) -> None:
-    """Copy memory in the calling thread, with the GIL released."""
-    ctypes.memmove(target, source, n_bytes)
 
 
 def process_status() -> dict[str, int]:

@@ -14,6 +14,8 @@ from umtrain.files import write_atomic
 from umtrain.report.record import Record, figure
 
 BLUE, ORANGE, GREY = "#2f6f9f", "#d1702a", "#8a8f98"
+_QUALITY = {"wsi": ("test.auc", "test AUC"), "spine": ("test.mae_mm", "SVA MAE, mm")}
+_INTERVALS = {"test.auc": "test.auc_ci", "test.mae_mm": "test.mae_ci_mm"}
 _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,7 +37,7 @@ class Picture:
 
 def run_plots(run_dir: Path, record: Record, predictions: list[dict[str, Any]]) -> list[Picture]:
     """Draw the training curve and the test (else validation) predictions of one run."""
-    pictures = [_training_curve(run_dir, record)]
+    pictures = [_training_curve(run_dir, record)] if (run_dir / "steps.csv").exists() else []
     for split in ("test", "val"):
         rows = [row for row in predictions if row["split"] == split]
         if rows:
@@ -47,15 +49,14 @@ def run_plots(run_dir: Path, record: Record, predictions: list[dict[str, Any]]) 
 def sweep_plot(path: Path, records: list[Record], axis: str) -> Picture:
     """Draw quality, throughput and peak memory against `axis`, a line per memory strategy."""
     done = [record for record in records if record["status"] == "ok"]
-    metric = "test.mae_mm" if records[0]["dataset"] == "spine" else "test.auc"
-    panels = (
-        (metric, "SVA MAE, mm" if metric.endswith("mm") else "test AUC"),
+    panels = [_QUALITY[dataset] for dataset in dict.fromkeys(r["dataset"] for r in records)]
+    panels += [
         ("throughput.images_per_s.mean", "training images/s"),
         ("memory_use.rss_peak_bytes", "peak process memory, GiB"),
-    )
+    ]
     with mpl.rc_context(_STYLE):
-        canvas = Figure(figsize=(11, 3.4), layout="constrained")
-        for axes, (key, label) in zip(canvas.subplots(1, 3), panels, strict=True):
+        canvas = Figure(figsize=(3.7 * len(panels), 3.4), layout="constrained")
+        for axes, (key, label) in zip(canvas.subplots(1, len(panels)), panels, strict=True):
             _sweep_panel(axes, done, axis, key)
             axes.set(xlabel=axis, ylabel=label)
         _save(canvas, path)
@@ -63,43 +64,42 @@ def sweep_plot(path: Path, records: list[Record], axis: str) -> Picture:
 
 
 def _sweep_panel(axes: Axes, records: list[Record], axis: str, key: str) -> None:
-    others = [name for name in (records[0]["axes"] if records else {}) if name != axis]
     lines: dict[str, list[Record]] = {}
     for record in records:
-        name = ", ".join(f"{other}={record['axes'][other]}" for other in others)
-        lines.setdefault(name, []).append(record)
+        others = (f"{k}={v}" for k, v in record["axes"].items() if k != axis)
+        if figure(record, key) is not None:
+            lines.setdefault(", ".join(others), []).append(record)
+    place = _places([record["axes"][axis] for record in records])
+    scale = 2**30 if key.endswith("bytes") else 1
     for name, line in lines.items():
-        points = [(_number(r["axes"][axis]), figure(r, key)) for r in line]
-        points = sorted(point for point in points if point[1] is not None)
-        scale = 2**30 if key.endswith("bytes") else 1
-        axes.plot(
-            [x for x, _ in points], [y / scale for _, y in points], marker="o", label=name or None
-        )
-        if key == "test.auc" and len(lines) == 1:
-            _interval(axes, line, axis)
-    if key.startswith("throughput"):
+        points = sorted((place[r["axes"][axis]], figure(r, key) / scale) for r in line)
+        axes.plot(*zip(*points, strict=True), marker="o", label=name or None)
+        if len(lines) == 1 and key in _INTERVALS:
+            _interval(axes, line, place, axis, _INTERVALS[key])
+    if any(text != f"{x:g}" for text, x in place.items()):
+        axes.set_xticks(list(place.values()), list(place))
+    if key.startswith("throughput") and lines:
         axes.set_yscale("log")
     if any(lines):
         axes.legend()
 
 
-def _interval(axes: Axes, records: list[Record], axis: str) -> None:
-    known = sorted(
-        (_number(r["axes"][axis]), *figure(r, "test.auc_ci"))
-        for r in records
-        if figure(r, "test.auc_ci")
-    )
+def _interval(
+    axes: Axes, records: list[Record], place: dict[str, float], axis: str, key: str
+) -> None:
+    known = sorted((place[r["axes"][axis]], *figure(r, key)) for r in records if figure(r, key))
     if known:
         x, low, high = zip(*known, strict=True)
         axes.fill_between(x, low, high, alpha=0.15, color=BLUE, label="95% CI")
         axes.legend()
 
 
-def _number(text: str) -> float | str:
+def _places(values: list[str]) -> dict[str, float]:
+    """Return where each value of an axis is drawn: at its number, or in order if any is none."""
     try:
-        return float(text)
+        return {text: float(text) for text in values}
     except ValueError:
-        return text
+        return {text: float(place) for place, text in enumerate(dict.fromkeys(values))}
 
 
 def _training_curve(run_dir: Path, record: Record) -> Picture:

@@ -17,6 +17,10 @@ from umtrain.files import write_json
 
 RECORD_NAME = "metrics.json"
 STATUSES = ("ok", "oom", "failed", "interrupted")
+_KEYS = (
+    *("started_at_s", "dataset", "model", "res", "memory", "precision", "device", "seed"),
+    *("throughput", "memory_use", "train", "val", "test", "environment", "data", "reasons"),
+)
 _PACKAGES = ("torch", "torchvision", "hydra-core", "openslide-python", "pydicom", "numpy")
 
 Record = dict[str, Any]
@@ -86,6 +90,9 @@ def read_record(run_dir: Path) -> Record:
         raise RunError(f"{path}: not readable as a record ({error})") from error
     if not isinstance(record, dict) or record.get("status") not in STATUSES:
         raise RunError(f"{path}: not a record of a run: status is not one of {', '.join(STATUSES)}")
+    missing = [key for key in _KEYS if key not in record]
+    if missing:
+        raise RunError(f"{path}: not a record of this version: {', '.join(missing)} missing")
     return record
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from umtrain.report.record import Record, figure
 from umtrain.units import format_bytes
@@ -40,7 +41,7 @@ def run_table(record: Record) -> Table:
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in run_rows(record):
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     return table
 
 
@@ -85,14 +86,14 @@ def _quality_rows(record: Record, split: str) -> list[tuple[str, str]]:
 
 def sweep_table(records: list[Record], axes: list[str]) -> Table:
     """Return a sweep as a table: a row per job, its axes first."""
-    dataset = records[0]["dataset"] if records else "wsi"
+    names = list(dict.fromkeys(quality_name(record["dataset"]) for record in records))
     table = Table(title="sweep")
-    for axis in axes:
-        table.add_column(axis, justify="right")
-    for name in ("images/s", "step, s", "peak memory", quality_name(dataset), "status"):
+    for name in (*axes, "images/s", "step, s", "peak memory", " or ".join(names), "status"):
         table.add_column(name, justify="right")
     for record in records:
-        table.add_row(*(str(record["axes"].get(axis)) for axis in axes), *sweep_cells(record))
+        # As Text: what a user wrote is no markup, whatever brackets it has.
+        cells = (*(str(record["axes"].get(axis)) for axis in axes), *sweep_cells(record))
+        table.add_row(*map(Text, cells))
     return table
 
 
@@ -118,7 +119,7 @@ def group_table(rows: list[tuple[str, int, str]]) -> Table:
     table.add_column("layers", justify="right")
     table.add_column("working set", justify="right")
     for name, n_layers, working_set in rows:
-        table.add_row(name, str(n_layers), working_set)
+        table.add_row(Text(name), str(n_layers), working_set)
     return table
 
 

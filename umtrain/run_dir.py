@@ -1,0 +1,97 @@
+"""A run directory: made once, never overwritten, read back by `eval` and `report`."""
+
+import csv
+import io
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from umtrain.checkpoint import BEST, FOLDER
+from umtrain.config import RunConfig, config_from_dict, config_to_dict
+from umtrain.errors import ConfigError, RunError, UmtrainError
+from umtrain.files import write_text
+from umtrain.report.record import RECORD_NAME, read_record
+
+RUNS = Path("runs")
+PREDICTIONS = "predictions.csv"
+CONFIG = "config.yaml"
+
+Row = dict[str, Any]
+
+
+def choose_run_dir(config: RunConfig) -> Path:
+    """Return the folder the run will have; raises ConfigError if there is something in it."""
+    if config.run_dir is None:
+        stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+        name = f"{stamp}-{config.dataset.name}-{config.model.name}-{config.res}"
+        return RUNS / f"{name}-{config.memory.name}-{os.getpid()}"
+    run_dir = Path(config.run_dir).expanduser()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir={run_dir} is a file; name a folder")
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError(
+            f"run_dir={run_dir} is not empty; name a new folder, or remove the old run first"
+        )
+    return run_dir
+
+
+def create_run_dir(run_dir: Path, config: RunConfig) -> None:
+    """Make the folder with the run's config.yaml in it."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / CONFIG, yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    except OSError as error:
+        raise RunError(f"{run_dir}: cannot be written ({error.strerror})") from error
+
+
+def read_run_config(run_dir: Path, changes: dict[str, Any]) -> RunConfig:
+    """Return the configuration a run was made with, `changes` (dotted keys) applied.
+
+    Raises RunError if config.yaml is missing or damaged.
+    """
+    path = run_dir / CONFIG
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key, value in changes.items():
+            group, _, leaf = key.rpartition(".")
+            (values[group] if group else values)[leaf] = value
+        return config_from_dict(values)
+    except UmtrainError:
+        raise
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{path}: not readable as a run's configuration ({error})") from error
+
+
+def newest_run(runs: Path = RUNS) -> Path:
+    """Return the run that started last and has a checkpoint. Raises RunError if there is none."""
+    started: dict[Path, float] = {}
+    for path in (*runs.glob(f"*/{RECORD_NAME}"), *runs.glob(f"*/*/{RECORD_NAME}")):
+        if (path.parent / FOLDER / BEST).exists():
+            started[path.parent] = float(read_record(path.parent)["started_at_s"])
+    if not started:
+        raise RunError(
+            f"no run found in {runs}/; train one with `umtrain fit`, or name it with run=DIR"
+        )
+    return max(started, key=lambda run_dir: started[run_dir])
+
+
+def read_predictions(run_dir: Path) -> list[Row]:
+    """Return the rows of a run's predictions.csv as text values; none if it is not there yet."""
+    path = run_dir / PREDICTIONS
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write_predictions(run_dir: Path, fields: tuple[str, ...], rows: list[Row], split: str) -> None:
+    """Write the rows of `split`, those of other splits kept."""
+    kept = [row for row in read_predictions(run_dir) if row.get("split") != split]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows([*kept, *rows])
+    write_text(run_dir / PREDICTIONS, text.getvalue())
