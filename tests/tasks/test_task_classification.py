@@ -3,6 +3,8 @@ import dataclasses
 
 import pytest
 import torch
+import torchvision
+from torchvision.transforms.functional import normalize
 
 from umtrain import tasks
 from umtrain.config import load_config
@@ -33,6 +35,16 @@ def test_white_is_zero_and_every_grey_level_is_exact(slides, dtype):
     inputs = task.inputs({"image": greys}, torch.device("cpu"), dtype)
     assert inputs[0, 0, -1, -1] == 0
     assert torch.equal(inputs.float() * 64, 255 - greys.float())
+
+
+def test_pretrained_weights_see_what_torchvision_gives_them(slides, tmp_path):
+    weights = tmp_path / "weights.pt"
+    torch.save(torchvision.models.resnet50().state_dict(), weights)
+    task = make_task(slides, f"model.pretrained={weights}")
+    image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    inputs = task.inputs({"image": image}, torch.device("cpu"), torch.float32)
+    expected = normalize(image / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(inputs, expected)
 
 
 def test_balanced_weights_give_both_classes_the_same_say(slides):

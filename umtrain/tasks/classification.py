@@ -15,10 +15,14 @@ from umtrain.data.manifest import Manifest, Slide, Split
 from umtrain.evaluation.classification import classification_metrics
 from umtrain.tasks.base import Batch, Row, Task
 
-# White, the background of a slide, becomes zero and tissue is positive: padding then looks like
-# background, and a map without tissue is without signal.
-_WHITE = 255.0
-_SCALE = 64.0
+# Grey levels become (level - shift) * scale. From scratch, white, a slide's background, becomes
+# zero and tissue positive: zero padding then looks like background. Weights from elsewhere expect
+# what they were trained with: ImageNet's mean and deviation per channel, as in torchvision.
+_FROM_SCRATCH = (torch.full((3, 1, 1), 255.0), torch.full((3, 1, 1), -1 / 64))
+_IMAGENET = (
+    255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
+    1 / (255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)),
+)
 
 
 class ClassificationTask(Task):
@@ -67,10 +71,11 @@ class ClassificationTask(Task):
         )
 
     def inputs(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return (n, 3, res, res) with white at 0 and black at about 4."""
+        """Return (n, 3, res, res): white 0, black 4; with pretrained weights on ImageNet's scale."""
         image = batch["image"].to(device, non_blocking=True)
         values: Tensor = image.to(dtype, memory_format=torch.channels_last)
-        return values.neg_().add_(_WHITE).mul_(1 / _SCALE)
+        shift, scale = _IMAGENET if self.config.model.pretrained else _FROM_SCRATCH
+        return values.sub_(shift.to(values)).mul_(scale.to(values))
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return binary cross-entropy, each class weighted by its rarity in training."""
