@@ -71,7 +71,7 @@ class ClassificationTask(Task):
         )
 
     def inputs(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return (n, 3, res, res): white 0, black 4; with pretrained weights on ImageNet's scale."""
+        """Return (n, 3, res, res): white 0, black 4; pretrained: ImageNet's scale."""
         image = batch["image"].to(device, non_blocking=True)
         values: Tensor = image.to(dtype, memory_format=torch.channels_last)
         shift, scale = _IMAGENET if self.config.model.pretrained else _FROM_SCRATCH
