@@ -2,6 +2,11 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import settings
+
+# A slow machine is no failure: no example has a deadline.
+settings.register_profile("umtrain", deadline=None)
+settings.load_profile("umtrain")
 
 
 @pytest.fixture(scope="session")

@@ -236,6 +236,8 @@ def test_ctrl_c_ends_in_one_line_and_a_record(slides, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         process_group=0,
+        # A shell's background job ignores the signal, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     for line in process.stdout:
         if line.startswith("epoch 1/1000: train"):

@@ -77,10 +77,10 @@ def test_an_image_of_the_frames_size_is_left_as_it_is():
 
 
 @given(st.integers(1, 20_000), st.floats(0.05, 4))
-def test_the_width_is_the_nearest_multiple_of_32(res, aspect):
+def test_the_width_is_the_nearest_multiple_of_64(res, aspect):
     width = network_width_px(res, aspect)
-    assert width % 32 == 0
-    assert width == 32 or abs(width - res * aspect) <= 16
+    assert width % 64 == 0
+    assert width == 64 or abs(width - res * aspect) <= 32
 
 
 def test_maps_compose_from_right_to_left():
