@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -239,12 +240,16 @@ def test_ctrl_c_ends_in_one_line_and_a_record(slides, tmp_path):
         # A shell's background job ignores the signal, and so would all that it starts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    for line in process.stdout:
-        if line.startswith("epoch 1/1000: train"):
-            break
-    # As a terminal does: to the whole process group, readers included.
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 1/1000: train"):
+                break
+        # As a terminal does: to the whole process group, readers included.
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert errors.strip() == "umtrain: interrupted"
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
