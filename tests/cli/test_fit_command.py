@@ -249,7 +249,7 @@ def test_ctrl_c_ends_in_one_line_and_a_record(slides, tmp_path):
         _, errors = process.communicate(timeout=30)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
     assert process.returncode == 130
     assert errors.strip() == "umtrain: interrupted"
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
