@@ -1,8 +1,8 @@
 """Groups: consecutive layers that are executed, swapped and prefetched as one unit.
 
 `blocks` follows the network's own blocks; `equal` unites consecutive layers while their joint
-working set stays within a limit. A quarter of device memory as the limit is the choice of the
-HMS system (Chen et al., "Training on huge images with unified memory"), a good start.
+working set stays within a limit. A quarter of device memory as the limit is what HMS, aetherAI's
+system, used: a good start.
 """
 
 from collections.abc import Sequence

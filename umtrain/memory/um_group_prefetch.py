@@ -1,8 +1,8 @@
 """Unified memory, grouped, with eager outward swapping and prefetch of the next groups.
 
-Choi et al., "Huge model support with unified memory" (HMS): a group goes out as soon as nothing
-in the forward pass reads it any more, and comes back while backward is busy with the groups
-after it. What the device can hold of the end of the forward pass stays, as backward starts there.
+What HMS, aetherAI's system, does on a GPU: a group goes out as soon as nothing in the forward
+pass reads it any more, and comes back while backward is busy with the groups after it. What the
+device can hold of the end of the forward pass stays, as backward starts there.
 """
 
 from collections.abc import Sequence
