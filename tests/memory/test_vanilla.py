@@ -20,7 +20,8 @@ def hungry():
 
 def test_the_heap_runs_out_at_the_budget(hungry):
     strategy = memory.create("vanilla", device_budget="128MiB")
-    x = torch.randn(1, 1, 1024, 1024)
+    # 1 GiB a map: more than what earlier tests may have left free in this process's heap.
+    x = torch.randn(1, 1, 2048, 2048)
     strategy.prepare(hungry, x)
     try:
         with (
