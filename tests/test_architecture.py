@@ -15,6 +15,7 @@ GROUND = {"errors", "units", "files"}
 ALLOWED = {
     "data": GROUND | {"data", "console"},
     "models": GROUND | {"models"},
+    "streaming": GROUND | {"streaming"},
     "memory": GROUND | {"memory", "streaming"},
     "evaluation": GROUND | {"evaluation"},
     "report": GROUND | {"report", "console"},

@@ -27,6 +27,7 @@ _REGISTRY = {
     "um_group": ("umtrain.memory.um_group", "GroupedUnifiedMemory"),
     "um_group_prefetch": ("umtrain.memory.um_group_prefetch", "PrefetchedUnifiedMemory"),
     "checkpoint": ("umtrain.memory.checkpoint", "Checkpoint"),
+    "stream": ("umtrain.memory.stream", "Stream"),
 }
 
 STRATEGIES = tuple(_REGISTRY)

@@ -1,7 +1,7 @@
 """What every memory strategy is: one lifecycle, with the budget and the figures around it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ class Strategy(ABC):
         self._budget: DeviceBudget = NoBudget()
         self._cleanup = ExitStack()
         self._trace_folder = options.trace
+        self.on_progress: Callable[[float], None] = lambda share: None
 
     def prepare(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         """Attach to `model` and enforce the budget; returns the module to train with.

@@ -46,20 +46,27 @@ class SpillBlock:
 
         Unlike a copy into the mapping it faults no page and reads none back first.
         """
-        span = span_of(tensor, layout.span_bytes).numpy().data
-        position = self.offset + layout.lead_bytes
-        while span:
-            n_written = os.pwrite(self.spill.fd, span[:_LARGEST_CALL_BYTES], position)
-            span, position = span[n_written:], position + n_written
+        self.write_at(layout.lead_bytes, span_of(tensor, layout.span_bytes).numpy().data)
 
     def read(self) -> torch.Tensor:
         """Return a copy of the block in fresh memory, uint8, by `pread`."""
         room = torch.empty(self.n_bytes, dtype=torch.uint8)
-        rest, position = room.numpy().data, self.offset
-        while rest:
-            n_read = os.preadv(self.spill.fd, [rest[:_LARGEST_CALL_BYTES]], position)
-            rest, position = rest[n_read:], position + n_read
+        self.read_into(room.numpy().data, 0)
         return room
+
+    def write_at(self, offset: int, source: memoryview) -> None:
+        """Copy bytes to the block, from `offset` on."""
+        position = self.offset + offset
+        while source:
+            n_written = os.pwrite(self.spill.fd, source[:_LARGEST_CALL_BYTES], position)
+            source, position = source[n_written:], position + n_written
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill `target` with the block's bytes, from `offset` on."""
+        position = self.offset + offset
+        while target:
+            n_read = os.preadv(self.spill.fd, [target[:_LARGEST_CALL_BYTES]], position)
+            target, position = target[n_read:], position + n_read
 
     def as_bytes(self) -> torch.Tensor:
         """Return the block as a uint8 tensor on the mapping; the tensor keeps the block taken."""

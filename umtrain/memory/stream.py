@@ -1,0 +1,106 @@
+"""Exact streaming: forward and backward strip by strip, so that feature maps need never all exist.
+
+The engine and its derivation are in umtrain/streaming. Gradients equal those of vanilla up to the
+order of summation; in float64 that is 1e-11, relative.
+"""
+
+import logging
+from typing import Any, ClassVar
+
+import psutil
+import torch
+from torch import nn
+
+from umtrain.errors import OutOfMemoryError
+from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
+from umtrain.memory.base import Strategy
+from umtrain.memory.budget import DeviceBudget
+from umtrain.memory.options import Options
+from umtrain.memory.stream_host import FileHost, PinnedHost
+from umtrain.memory.tensors import batch_arguments, model_bytes
+from umtrain.streaming.module import STRIP_BYTES, Settings, Streamer
+from umtrain.units import format_bytes
+
+_log = logging.getLogger(__name__)
+
+_ADAM_STATES = 2
+_STRIPS_ALIVE = 24  # rooms, sources and gradients of a segment, and what oneDNN lays out anew
+_SHARE_OF_FREE = 0.85
+
+
+class Stream(Strategy):
+    """Runs what it can of a network in strips of rows, and the rest whole."""
+
+    name: ClassVar[str] = "stream"
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._host = self._create_host()
+        self._cleanup.callback(self._host.close)
+
+    def _create_host(self) -> FileHost | PinnedHost:
+        options = self.options
+        if options.device == "cuda":
+            from umtrain.memory.pool_cuda import TorchCudaDriver
+
+            return PinnedHost(TorchCudaDriver(), options.host_budget_bytes, self._meter)
+        return FileHost(options.spill_dir, options.host_budget_bytes, self._meter, self.trace)
+
+    def prepare(self, model: nn.Module, sample_batch: Any) -> nn.Module:
+        """See `Strategy`; says how the step will be done."""
+        prepared = super().prepare(model, sample_batch)
+        try:
+            plans = self._streamer.plan(*batch_arguments(sample_batch))
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(self._least_text(error)) from error
+        self._host.reserve(sum(plan.host_bytes for plan in plans))
+        for plan in plans:
+            _log.info("memory=stream: %s", plan.summary())
+        return prepared
+
+    def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
+        self._model = model
+        settings = Settings(self._arena_bytes, self._host, on_progress=self._report)
+        self._streamer = Streamer(model, settings)
+        model.forward = self._streamer
+        self._cleanup.callback(delattr, model, "forward")
+        return model
+
+    def _report(self, share: float) -> None:
+        self.on_progress(share)
+
+    def _enforce_budget(self, model: nn.Module) -> DeviceBudget:
+        budget = super()._enforce_budget(model)
+        # Strips come and go by the thousand, and are all of a few sizes: their pages are kept.
+        before = set_freed_buffers(FreedBuffers.RECYCLE)
+        self._cleanup.callback(set_freed_buffers, before)
+        return budget
+
+    def _arena_bytes(self) -> int | None:
+        """Return what feature maps may take: what is free, less all else that a step needs."""
+        left = self._budget.left_bytes()
+        if left is None:
+            left = int(_SHARE_OF_FREE * self._free_bytes())
+        return left - self._other_bytes()
+
+    def _free_bytes(self) -> int:
+        if self.options.device == "cuda":
+            return int(torch.cuda.mem_get_info()[0])
+        return int(psutil.virtual_memory().available)
+
+    def _other_bytes(self) -> int:
+        """Return the bytes of gradients, optimizer state, weights in bf16 and strips."""
+        held = model_bytes(self._model)
+        gradients = sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
+        states = (1 + _ADAM_STATES) * held - min(held, gradients)
+        return states + held // 2 + _STRIPS_ALIVE * STRIP_BYTES[self.options.device]
+
+    def _least_text(self, error: OutOfMemoryError) -> str:
+        budget = self.options.device_budget_bytes or 0
+        missing = getattr(error, "missing_bytes", None)
+        if missing is None:
+            return str(error)
+        return (
+            f"memory=stream: memory.device_budget={format_bytes(budget)} is too small; "
+            f"the least that works here is {format_bytes(budget + missing)} ({error})"
+        )

@@ -1,0 +1,153 @@
+"""Host memory for the streaming engine: the spill file, or pinned memory and copy streams."""
+
+from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from umtrain.memory.cuda_driver import CudaDriver, Event
+from umtrain.memory.io_threads import start_io_thread
+from umtrain.memory.meters import Meter
+from umtrain.memory.spill import SpillBlock, SpillFile
+from umtrain.memory.trace import Trace, now_s
+from umtrain.streaming.storage import HostBlock, HostMemory, Pending
+
+
+class FileHost(HostMemory):
+    """Blocks of a spill file, read by one thread and written by another.
+
+    The file is made when the first block is taken. Raises DeviceError or OutOfMemoryError where
+    there is no room.
+    """
+
+    def __init__(
+        self, directory: Path | None, limit_bytes: int | None, meter: Meter, trace: Trace
+    ) -> None:
+        self._directory, self._limit_bytes = directory, limit_bytes
+        self.meter, self.trace = meter, trace
+        self._cleanup = ExitStack()
+        self._spill: SpillFile | None = None
+        self.reader = start_io_thread("stream-in")
+        self.writer = start_io_thread("stream-out")
+        for executor in (self.reader, self.writer):
+            self._cleanup.callback(executor.shutdown)
+
+    def reserve(self, n_bytes: int) -> None:
+        """Make sure that the file has room for `n_bytes`."""
+        if self._spill is None:
+            self._spill = SpillFile(self._directory, n_bytes, self._limit_bytes)
+            self._cleanup.callback(self._spill.close)
+        self._spill.reserve(n_bytes)
+
+    def take(self, n_bytes: int) -> HostBlock:
+        """See `HostMemory`."""
+        self.reserve(0)
+        assert self._spill is not None
+        block = self._spill.take(n_bytes)
+        self.meter.counters.raise_to(host_bytes=self._spill.used_bytes)
+        return _FileBlock(self, block)
+
+    def close(self) -> None:
+        """End the threads and close the file."""
+        self._cleanup.close()
+
+
+class _FileBlock(HostBlock):
+    def __init__(self, host: FileHost, block: SpillBlock) -> None:
+        self._host, self._block = host, block
+
+    def start_write(self, offset_bytes: int, source: Tensor) -> Pending:
+        return _Job(self._host, self._host.writer.submit(self._write, offset_bytes, source))
+
+    def start_read(self, offset_bytes: int, target: Tensor) -> Pending:
+        return _Job(self._host, self._host.reader.submit(self._read, offset_bytes, target))
+
+    def _write(self, offset_bytes: int, source: Tensor) -> None:
+        start_s = now_s()
+        self._block.write_at(offset_bytes, source.numpy().data)
+        self._host.trace.add("swap-out", "strip", start_s, source.nbytes)
+        self._host.meter.counters.add(swapped_out_bytes=source.nbytes)
+
+    def _read(self, offset_bytes: int, target: Tensor) -> None:
+        start_s = now_s()
+        self._block.read_into(target.numpy().data, offset_bytes)
+        self._host.trace.add("swap-in", "strip", start_s, target.nbytes)
+        self._host.meter.counters.add(swapped_in_bytes=target.nbytes)
+
+
+class _Job(Pending):
+    def __init__(self, host: FileHost, job: "Future[None]") -> None:
+        self._host, self._job = host, job
+
+    def wait(self) -> None:
+        if not self._job.done():
+            start_s = now_s()
+            self._job.exception()
+            stalled_s = self._host.trace.add("stall", "strip", start_s)
+            self._host.meter.counters.add(stall_s=stalled_s)
+        self._job.result()
+
+
+class PinnedHost(HostMemory):
+    """Pinned buffers, copied to and from on streams of their own.
+
+    See Note: [Streams and the lifetime of what they copy] in swap_pinned.py.
+    """
+
+    def __init__(self, driver: CudaDriver, limit_bytes: int | None, meter: Meter) -> None:
+        from umtrain.memory.swap_pinned import PinnedChannel
+
+        self.driver, self.meter = driver, meter
+        self._channel = PinnedChannel(driver, "cuda", limit_bytes)
+
+    def reserve(self, n_bytes: int) -> None:
+        """Pinned memory is taken as it is needed."""
+
+    def take(self, n_bytes: int) -> HostBlock:
+        """See `HostMemory`."""
+        block = _PinnedBlock(self, self._channel)
+        block.buffer = self._channel.take(n_bytes)
+        self.meter.counters.raise_to(host_bytes=self._channel.used_bytes())
+        return block
+
+    def close(self) -> None:
+        """Wait for copies under way and let go of the buffers."""
+        self._channel.close()
+
+
+class _PinnedBlock(HostBlock):
+    buffer: Tensor
+
+    def __init__(self, host: PinnedHost, channel: object) -> None:
+        self._host, self._channel = host, channel
+        self._written: Event | None = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "buffer"):
+            self._channel.give_back(self.buffer)  # type: ignore[attr-defined]
+
+    def start_write(self, offset_bytes: int, source: Tensor) -> Pending:
+        driver = self._host.driver
+        driver.wait("out", driver.record("compute"))
+        driver.copy(self.buffer[offset_bytes : offset_bytes + source.nbytes], source, "out")
+        self._written = driver.record("out")
+        self._host.meter.counters.add(swapped_out_bytes=source.nbytes)
+        return _Queued(driver, self._written)
+
+    def start_read(self, offset_bytes: int, target: Tensor) -> Pending:
+        driver = self._host.driver
+        driver.wait("in", driver.record("compute"))
+        if self._written is not None:
+            driver.wait("in", self._written)
+        driver.copy(target, self.buffer[offset_bytes : offset_bytes + target.nbytes], "in")
+        self._host.meter.counters.add(swapped_in_bytes=target.nbytes)
+        return _Queued(driver, driver.record("in"))
+
+
+class _Queued(Pending):
+    def __init__(self, driver: CudaDriver, event: Event) -> None:
+        self._driver, self._event = driver, event
+
+    def wait(self) -> None:
+        self._driver.wait("compute", self._event)

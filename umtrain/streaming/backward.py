@@ -1,0 +1,330 @@
+"""The backward pass of a session: gradients of weights and inputs, strip by strip.
+
+The derivation is in README.md beside this file; names are the same.
+
+# Note: [Rows that are done]
+# A row of an operation's input gets its gradient from several output rows, so from two strips of
+# them at a strip's edge. Strips run downwards: after one, all rows above the first that the next
+# one reads are done and go on to the maps behind the expression. The rest is carried over.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from umtrain.streaming.forward import Session, finish
+from umtrain.streaming.kernels import arithmetic_dtype
+from umtrain.streaming.norms import NormGradient, gradient_of
+from umtrain.streaming.operations import GlobalPooling, Gradients
+from umtrain.streaming.pointwise import Sink, finished
+from umtrain.streaming.program import Segment, terms_of
+from umtrain.streaming.rows import Strip, strips
+from umtrain.streaming.schedule import gradient_norm, is_unscaled
+from umtrain.streaming.storage import Cursor, Place, TensorPlace
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One strip of a segment: its output rows, the input rows they read, those done after it."""
+
+    out: Strip
+    read: Strip
+    done: Strip
+
+
+class Backward:
+    """Runs once; afterwards `parameters` (by identity) and `inputs` (by map) hold gradients."""
+
+    def __init__(self, session: Session, given: Sequence[Tensor | None]) -> None:
+        self._session, self._program = session, session.program
+        self._compiled = session.compiled
+        self._needs = session.compiled.needs
+        self._given = dict(zip(session.program.outputs, given, strict=True))
+        self._gradients: dict[int, Place] = {}
+        self._started: set[int] = set()
+        self._of_norm: dict[int, NormGradient] = {}
+        self.parameters: dict[int, Tensor] = {}
+        self.inputs: dict[int, Tensor] = {}
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        """Run the actions that follow forward."""
+        for index, action in enumerate(self._compiled.plan.schedule.actions):
+            if action.kind == "again":
+                self._session.run_forward(action)
+            elif action.kind == "backward":
+                self._run(self._program.segments[action.segment])
+            if action.kind != "forward":
+                progress(index)
+        self._enter_norms()
+
+    def _run(self, segment: Segment) -> None:
+        session = self._session
+        pieces = self._pieces(segment)
+        reads = session.source_cursors(segment, [piece.read for piece in pieces])
+        dy = self._output_gradient(segment, pieces)
+        targets = self._targets(segment, [piece.done for piece in pieces])
+        carry: Tensor | None = None
+        for i, piece in enumerate(pieces):
+            fetched = {index: cursor.get(i) for index, cursor in reads.items()}
+            dz, carry = self._strip(segment, piece, fetched, dy.get(i), carry)
+            dy.release(i)
+            if dz is not None and targets is not None and piece.done.n_rows:
+                self._send(segment, piece, fetched, dz, targets, i)
+        finish([*reads.values(), *dy.cursors, *(targets or {}).values()])
+        self._started.update(targets or {})
+
+    # Which rows -------------------------------------------------------------------------------
+
+    def _pieces(self, segment: Segment) -> list[_Piece]:
+        if segment.out is None:
+            n_images, _, n_rows, _ = segment.source_shape
+        else:
+            n_images, _, n_rows, _ = self._program.maps[segment.out].shape
+        cut = list(strips(n_images, n_rows, self._session.rows_per_strip(segment)))
+        return [self._piece(segment, strip, n_rows) for strip in cut]
+
+    def _piece(self, segment: Segment, strip: Strip, n_rows: int) -> _Piece:
+        """See Note: [Rows that are done]."""
+        operation, height = segment.operation, segment.source_shape[2]
+        if operation is None:
+            return _Piece(strip, strip, strip)
+        first, last = operation.input_rows(strip.first, strip.last)
+        following = height
+        if strip.last < n_rows:
+            following = operation.input_rows(strip.last, strip.last + 1)[0]
+        first, following = max(0, first), max(0, min(height, following))
+        last = max(min(height, last), following)
+        return _Piece(strip, strip.with_rows(first, last), strip.with_rows(first, following))
+
+    # The gradient of the output ---------------------------------------------------------------
+
+    def _output_gradient(self, segment: Segment, pieces: Sequence[_Piece]) -> "_OutputGradient":
+        cut = [piece.out for piece in pieces]
+        if segment.out is None:
+            assert segment.pooled is not None
+            given = self._given.get(("pooled", segment.pooled))
+            if given is None:
+                shape, _ = self._program.pooled[segment.pooled]
+                given = torch.zeros(shape, device=self._compiled.device)
+            values = [
+                self._session.pooled_gradient(segment, given, i, strip)
+                for i, strip in enumerate(cut)
+            ]
+            return _OutputGradient([], values.__getitem__)
+        return self._map_gradient(segment.out, cut)
+
+    def _map_gradient(self, index: int, cut: Sequence[Strip]) -> "_OutputGradient":
+        """Return what turns the stored gradient of a map into dy, as README.md derives it."""
+        session, program = self._session, self._program
+        dtype = program.maps[index].dtype
+        given = self._given.get(("map", index))
+        summands: list[Place] = [] if given is None else [TensorPlace(given, dtype)]
+        if index in self._gradients:
+            summands.insert(0, self._gradients[index])
+        cursors = [place.cursor(cut, reads=True, writes=False) for place in summands]
+        content: Cursor | None = None
+        own = gradient_norm(program, index)
+        norms = [norm for norm in program.norms_of(index) if norm.index in session.coefficients]
+        measured = [norm for norm in norms if norm.domain != "fixed"]
+        if measured:
+            content = session.content[index].cursor(cut, reads=True, writes=False)
+        effects = [self._norm_gradient(norm.index) for norm in measured]
+        if own is not None:
+            scale = session.coefficients[own].scale
+        else:
+            wide = arithmetic_dtype(dtype)
+            channels = program.maps[index].shape[1]
+            scale = torch.ones(1, channels, dtype=wide, device=self._compiled.device)
+        a = sum((effect.a for effect in effects), torch.zeros_like(scale, dtype=torch.float64))
+        b = sum((effect.b for effect in effects), torch.zeros_like(scale, dtype=torch.float64))
+
+        def dy(i: int) -> Tensor:
+            if cursors:
+                g = cursors[0].get(i)
+                for cursor in cursors[1:]:
+                    g = g + cursor.get(i)
+            else:
+                g = self._zeros(index, cut[i])
+            if own is None and content is None:
+                return g
+            y = None if content is None else content.get(i)
+            return finished(self._compiled.kernels, g, scale, y, a, b, cut[i].image)
+
+        return _OutputGradient([*cursors, *([content] if content else [])], dy)
+
+    def _zeros(self, index: int, strip: Strip) -> Tensor:
+        _, channels, _, columns = self._program.maps[index].shape
+        return torch.zeros(
+            (strip.image_end - strip.image, channels, strip.n_rows, columns),
+            dtype=self._program.maps[index].dtype,
+            device=self._compiled.device,
+        ).contiguous(memory_format=torch.channels_last)
+
+    # One strip --------------------------------------------------------------------------------
+
+    def _strip(
+        self,
+        segment: Segment,
+        piece: _Piece,
+        fetched: dict[int, Tensor],
+        dy: Tensor,
+        carry: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradient of the rows that are done, and what is carried over."""
+        operation = segment.operation
+        if operation is None:
+            return dy, None
+        session = self._session
+        z = session.padded(segment, operation, fetched, piece.out, piece.read)
+        weights = session.weights_of(segment)
+        wanted = self._wanted(segment)
+        found = operation.backward(dy, z, weights, piece.out.first, piece.out.last, wanted)
+        self._enter_weights(segment, found, wanted)
+        if found.source is None or not wanted[0]:
+            return None, None
+        return self._separate(segment, piece, found.source, carry)
+
+    def _wanted(self, segment: Segment) -> tuple[bool, bool, bool]:
+        module = segment.module
+        source = any(self._needs.of_term(term) for term in terms_of(segment.source))
+        weight = bias = False
+        if module is not None:
+            weight = isinstance(module.weight, Tensor) and module.weight.requires_grad
+            bias = isinstance(module.bias, Tensor) and module.bias.requires_grad
+        return source, weight, bias
+
+    def _separate(
+        self, segment: Segment, piece: _Piece, dz: Tensor, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cut padding off, add what was carried, and part what is done from what is not."""
+        operation = segment.operation
+        assert operation is not None
+        above = max(0, piece.read.first - operation.input_rows(piece.out.first, piece.out.last)[0])
+        dz = dz[:, :, above : above + piece.read.n_rows]
+        if carry is not None:
+            dz[:, :, : carry.shape[2]] += carry
+        n_done = piece.done.n_rows
+        if dz.shape[2] < n_done:  # rows that no window reads
+            dz = nn.functional.pad(dz, (0, 0, 0, n_done - dz.shape[2]))
+        rest = dz[:, :, n_done:]
+        left = rest.clone(memory_format=torch.channels_last) if rest.shape[2] else None
+        return dz[:, :, :n_done].contiguous(memory_format=torch.channels_last), left
+
+    # To the maps behind -----------------------------------------------------------------------
+
+    def _targets(self, segment: Segment, done: Sequence[Strip]) -> dict[int, Cursor] | None:
+        """Return cursors on the gradients of the source maps; None if nothing is wanted."""
+        if not self._wanted(segment)[0]:
+            return None
+        targets = {}
+        for index in segment.sources:
+            if not self._needs.of_map[index]:
+                continue
+            if index not in self._gradients:
+                self._gradients[index] = self._gradient_place(index)
+            adds = index in self._started
+            targets[index] = self._gradients[index].cursor(done, reads=adds, writes=True)
+        return targets
+
+    def _gradient_place(self, index: int) -> Place:
+        if index in self._program.inputs:
+            a_map = self._program.maps[index]
+            self.inputs[index] = torch.empty(
+                a_map.shape,
+                dtype=a_map.dtype,
+                device=self._compiled.device,
+                memory_format=torch.channels_last,
+            )
+            return TensorPlace(self.inputs[index])
+        return self._session.place(self._compiled.plan.schedule.gradient[index], index)
+
+    def _send(
+        self,
+        segment: Segment,
+        piece: _Piece,
+        fetched: dict[int, Tensor],
+        dz: Tensor,
+        targets: dict[int, Cursor],
+        i: int,
+    ) -> None:
+        written: set[int] = set()
+        rooms = {index: cursor.get(i) for index, cursor in targets.items()}
+        sink = Sink(
+            target=rooms.get,
+            adds=lambda index: index in self._started or index in written,
+            unscaled=frozenset(
+                term for term in terms_of(segment.source) if is_unscaled(self._program, term)
+            ),
+            wrote=written.add,
+        )
+        offset = piece.done.first - piece.read.first
+        part = {
+            index: _rows(content, offset, offset + piece.done.n_rows)
+            for index, content in fetched.items()
+        }
+        gradient = dz.to(segment.source.dtype)
+        self._session.evaluator.backward(segment.source, part, piece.out.image, gradient, sink)
+        for index, cursor in targets.items():
+            if index not in written and index not in self._started:
+                rooms[index].zero_()
+            cursor.commit(i)
+
+    # What is learned --------------------------------------------------------------------------
+
+    def _enter_weights(
+        self, segment: Segment, found: Gradients, wanted: tuple[bool, bool, bool]
+    ) -> None:
+        if segment.module is None or isinstance(segment.operation, GlobalPooling):
+            return
+        if wanted[1] and found.weight is not None:
+            self._enter(segment.module.weight, found.weight)
+        if wanted[2] and found.bias is not None:
+            self._enter(segment.module.bias, found.bias)
+
+    def _enter(self, parameter: object, gradient: Tensor) -> None:
+        assert isinstance(parameter, Tensor)
+        known = self.parameters.get(id(parameter))
+        if known is None:
+            wide = arithmetic_dtype(parameter.dtype)
+            self.parameters[id(parameter)] = gradient.to(wide, copy=True)
+        else:
+            known.add_(gradient)
+
+    def _norm_gradient(self, index: int) -> NormGradient:
+        if index not in self._of_norm:
+            session = self._session
+            sums = session.sums[index]
+            self._of_norm[index] = gradient_of(
+                self._program.norms[index], session.statistics[index], sums.total, sums.product
+            )
+        return self._of_norm[index]
+
+    def _enter_norms(self) -> None:
+        for norm in self._program.norms:
+            if norm.index not in self._session.sums:
+                continue
+            gradient = self._norm_gradient(norm.index)
+            for name, value in (("weight", gradient.weight), ("bias", gradient.bias)):
+                parameter = getattr(norm.module, name, None)
+                if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+                    self._enter(parameter, value)
+
+
+def _rows(content: Tensor, first: int, last: int) -> Tensor:
+    """Return rows of a strip; of several images only all rows are ever asked for."""
+    if first == 0 and last == content.shape[2]:
+        return content
+    return content[:, :, first:last]
+
+
+@dataclass
+class _OutputGradient:
+    """The strips of dy, and the cursors that they come from."""
+
+    cursors: list[Cursor]
+    get: Callable[[int], Tensor]
+
+    def release(self, i: int) -> None:
+        """Strips that were read need no commit."""

@@ -1,0 +1,226 @@
+"""A module whose forward and backward run strip by strip: the engine's face to autograd.
+
+# Note: [What autograd sees]
+# Each streamed part of a network is one node of the autograd graph, with the part's inputs and
+# parameters as its inputs. So gradients land in .grad, hooks on tensors run, and whatever stands
+# before or behind is ordinary PyTorch.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import once_differentiable
+
+from umtrain.streaming.backward import Backward
+from umtrain.streaming.building import build
+from umtrain.streaming.forward import Compiled, Session
+from umtrain.streaming.kernels import create_kernels
+from umtrain.streaming.plan import Plan, make_plan
+from umtrain.streaming.program import Program
+from umtrain.streaming.schedule import Needs, step_flops
+from umtrain.streaming.storage import HostMemory
+from umtrain.streaming.tracing import Traced, trace
+
+STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+
+
+@dataclass
+class Settings:
+    """How to stream: what the arena may take (None: keep everything), host memory, strips.
+
+    The budget is asked for when a part first sees a kind of input. `on_progress` is told the
+    share of a step's work that is done, from 0 to 1.
+    """
+
+    budget_bytes: Callable[[], int | None] = lambda: None
+    host: HostMemory | None = None
+    strip_bytes: int | None = None
+    on_progress: Callable[[float], None] = lambda share: None
+
+
+class Streamer:
+    """Runs a module strip by strip; stands in for the module's `forward`.
+
+    Raises ConfigError, naming what is in the way, for a module of which nothing can be streamed.
+    """
+
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        self._module, self._settings = module, settings
+        self._traced: dict[tuple[bool, ...], _Parts] = {}
+        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Return the module's output for `inputs`."""
+        training = self._training()
+        if training not in self._traced:
+            self._traced[training] = _Parts(trace(self._module), self._settings, self.device)
+        return self._traced[training].parts(*inputs)
+
+    def plan(self, *inputs: Tensor) -> list[Plan]:
+        """Return the plans of the parts for inputs like these, which a step will follow.
+
+        Costs neither memory nor compute. Run it under the autocast that training runs in. Raises
+        OutOfMemoryError if there is none.
+        """
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = [mode.from_tensor(x) for x in inputs]
+        with mode, torch.enable_grad():
+            self(*fakes)
+        parts = self._traced[self._training()].streamed
+        return [ready.compiled.plan for part in parts for ready in part.compiled.values()]
+
+    def _training(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self._module.modules())
+
+
+class _Parts:
+    """A traced module, with its streamed parts put in the place of the originals."""
+
+    def __init__(self, traced: Traced, settings: Settings, device: torch.device) -> None:
+        self.parts = traced.parts
+        self.streamed: list[_Part] = []
+        for name in traced.streamed:
+            self.streamed.append(_Part(getattr(self.parts, name), settings, device))
+            setattr(self.parts, name, self.streamed[-1])
+
+
+class _Part(nn.Module):
+    """One streamed part; compiled anew for each kind of input."""
+
+    def __init__(self, original: fx.GraphModule, settings: Settings, device: torch.device) -> None:
+        super().__init__()
+        self._original = [original]  # in a list: its parameters are the model's, not this part's
+        self._settings, self._device = settings, device
+        self.compiled: dict[Any, _Ready] = {}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Run the part; fake tensors are given fake ones."""
+        key = self._key(inputs)
+        if key not in self.compiled:
+            self.compiled[key] = self._compile(inputs)
+        ready = self.compiled[key]
+        if any(isinstance(x, FakeTensor) for x in inputs):
+            outputs = tuple(ready.like_outputs())
+            return outputs[0] if len(outputs) == 1 else outputs
+        outputs = _Streamed.apply(ready, len(inputs), *inputs, *ready.parameters)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _key(self, inputs: Sequence[Tensor]) -> Any:
+        kind = self._device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        like = tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in inputs)
+        wanted = tuple(p.requires_grad for p in self._original[0].parameters())
+        return like, autocast, torch.is_grad_enabled(), wanted
+
+    def _compile(self, inputs: Sequence[Tensor]) -> "_Ready":
+        program = program_of(self._original[0], inputs)
+        needs = Needs(program, [x.requires_grad for x in inputs], torch.is_grad_enabled())
+        settings = self._settings
+        plan = make_plan(program, needs, settings.budget_bytes(), settings.host is not None)
+        strip_bytes = settings.strip_bytes or STRIP_BYTES[self._device.type]
+        kernels = create_kernels(self._device)
+        compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes)
+        return _Ready(compiled, settings, program.parameters())
+
+
+def program_of(part: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
+    """Return a part's program for inputs like these, found without memory or compute."""
+    device = inputs[0].device
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fakes = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in inputs]
+        return build(part, fakes)
+
+
+@dataclass
+class _Ready:
+    """A compiled part and the arenas that its steps have used."""
+
+    compiled: Compiled
+    settings: Settings
+    parameters: list[nn.Parameter]
+    _free: list[Tensor] = field(default_factory=list)
+
+    def like_outputs(self) -> list[Tensor]:
+        """Return empty tensors with the outputs' shapes."""
+        program, device = self.compiled.program, self.compiled.device
+        wanted = any(self.compiled.needs.backward)
+        outputs = []
+        for kind, index in program.outputs:
+            a_map = program.maps[index]
+            shape, dtype = program.pooled[index] if kind == "pooled" else (a_map.shape, a_map.dtype)
+            outputs.append(torch.empty(shape, dtype=dtype, device=device, requires_grad=wanted))
+        return outputs
+
+    def start(self, inputs: Sequence[Tensor]) -> Session:
+        """Return a session in an arena of its own, which is free again when the session ends."""
+        n_bytes = self.compiled.plan.arena_bytes
+        arena = self._free.pop() if self._free else self._new_arena(n_bytes)
+        session = Session(
+            self.compiled, arena, self.settings.host, inputs, self._progress_of_actions()
+        )
+        weakref.finalize(session, self._free.append, arena).atexit = False
+        return session
+
+    def _new_arena(self, n_bytes: int) -> Tensor:
+        return torch.empty(n_bytes, dtype=torch.uint8, device=self.compiled.device)
+
+    def _progress_of_actions(self) -> Callable[[int], None]:
+        costs = step_flops(self.compiled.program, self.compiled.plan.schedule)
+        total = sum(costs) or 1.0
+        done = 0.0
+
+        def report(action: int) -> None:
+            nonlocal done
+            done += costs[action]
+            self.settings.on_progress(min(1.0, done / total))
+
+        return report
+
+
+class _Streamed(torch.autograd.Function):
+    """See Note: [What autograd sees]."""
+
+    @staticmethod
+    def forward(ctx: Any, ready: _Ready, n_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = [x.detach() for x in tensors[:n_inputs]]
+        with torch.no_grad(), _without_autocast(ready.compiled.device):
+            session = ready.start(inputs)
+            outputs = session.forward()
+        ctx.session = session if any(ready.compiled.needs.backward) else None
+        ctx.ready, ctx.n_inputs = ready, n_inputs
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        session, ctx.session = ctx.session, None
+        if session is None:
+            raise RuntimeError(
+                "memory=stream: backward a second time through the same forward pass; its feature "
+                "maps are gone (retain_graph has no effect)"
+            )
+        ready: _Ready = ctx.ready
+        with torch.no_grad(), _without_autocast(ready.compiled.device):
+            run = Backward(session, given)
+            run.run(session.progress)
+        inputs = [run.inputs.get(index) for index in ready.compiled.program.inputs]
+        learned = [_like(run.parameters.get(id(p)), p) for p in ready.parameters]
+        return (None, None, *inputs, *learned)
+
+
+def _like(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
+    if gradient is None or not parameter.requires_grad:
+        return None
+    return gradient.to(parameter.dtype).view_as(parameter)
+
+
+def _without_autocast(device: torch.device) -> Any:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

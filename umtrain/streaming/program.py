@@ -1,0 +1,191 @@
+"""The engine's view of a network: maps, expressions between them, segments that make maps.
+
+A map is a feature map that is held as a whole. A segment makes one: strip by strip it evaluates
+an expression of maps (what is cheap: normalise, rectify, add, concatenate) and passes it through
+one operation (what is not: a convolution, a pooling). Values that are not maps exist as strips
+alone, and again in backward.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from umtrain.streaming.operations import Operation
+
+
+@dataclass
+class Map:
+    """A feature map (N, C, H, W) that is held as a whole."""
+
+    index: int
+    name: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Return its size in memory."""
+        n_images, channels, rows, columns = self.shape
+        return n_images * channels * rows * columns * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the size of one row of one image."""
+        return self.shape[1] * self.shape[3] * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of the map `map`: y to scale·y + shift, per channel (and image).
+
+    `domain` is what its statistics are over: "batch", "group" (of channels, one image), "image"
+    (one channel, one image), or "fixed" for statistics that are given.
+    """
+
+    index: int
+    map: int
+    module: nn.Module
+    domain: str
+    groups: int
+    eps: float
+    is_updating: bool
+
+
+@dataclass(frozen=True)
+class Term:
+    """A map, as it is or normalised."""
+
+    map: int
+    norm: int | None = None
+
+
+@dataclass(frozen=True)
+class Blend:
+    """The sum of one or two terms of different maps, rectified or not."""
+
+    terms: tuple[Term, ...]
+    relu: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Expressions beside each other along the channels."""
+
+    parts: "tuple[Expression, ...]"
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Dropout: an expression times a mask of 0 and 1 that is held as a map, times `scale`."""
+
+    part: "Expression"
+    mask: int
+    scale: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of its strips."""
+        return self.part.dtype
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """Any function that works pixel by pixel, of expressions."""
+
+    name: str
+    function: Callable[..., Tensor]
+    parts: "tuple[Expression, ...]"
+    dtype: torch.dtype
+
+
+Expression = Blend | Concat | Masked | Pointwise
+
+
+def terms_of(expression: Expression) -> Iterator[Term]:
+    """Yield every use of a map in an expression; masks are none."""
+    if isinstance(expression, Blend):
+        yield from expression.terms
+    elif isinstance(expression, Masked):
+        yield from terms_of(expression.part)
+    else:
+        for part in expression.parts:
+            yield from terms_of(part)
+
+
+def masks_of(expression: Expression) -> Iterator[int]:
+    """Yield the dropout masks of an expression."""
+    if isinstance(expression, Masked):
+        yield expression.mask
+        yield from masks_of(expression.part)
+    elif isinstance(expression, Concat | Pointwise):
+        for part in expression.parts:
+            yield from masks_of(part)
+
+
+@dataclass
+class Segment:
+    """Makes the map `out` (or the vectors `pooled`) from an expression and an operation."""
+
+    index: int
+    name: str
+    source: Expression
+    source_shape: tuple[int, int, int, int]
+    source_dtype: torch.dtype
+    operation: Operation | None
+    out: int | None
+    pooled: int | None = None
+    module: nn.Module | None = None
+    flops: float = 0.0
+
+    @property
+    def sources(self) -> list[int]:
+        """Return the maps that it reads, each once, masks not among them."""
+        return list(dict.fromkeys(term.map for term in terms_of(self.source)))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A dropout mask over a map-shaped value, drawn in forward, before `segment` runs."""
+
+    map: int
+    keep: float
+    segment: int
+
+
+@dataclass
+class Program:
+    """A network, or the part of one, that can be streamed."""
+
+    maps: list[Map] = field(default_factory=list)
+    norms: list[Norm] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[tuple[str, int]] = field(default_factory=list)
+    pooled: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
+
+    def norms_of(self, index: int) -> list[Norm]:
+        """Return the normalisations of a map."""
+        return [norm for norm in self.norms if norm.map == index]
+
+    def producer(self, index: int) -> int | None:
+        """Return the segment that makes a map; None for inputs and masks."""
+        return next((s.index for s in self.segments if s.out == index), None)
+
+    def consumers(self, index: int) -> list[int]:
+        """Return the segments that read a map, in order."""
+        return [s.index for s in self.segments if index in s.sources]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of its operations and normalisations, each once."""
+        modules: list[Any] = [s.module for s in self.segments] + [n.module for n in self.norms]
+        found: dict[int, nn.Parameter] = {}
+        for module in modules:
+            for parameter in () if module is None else module.parameters(recurse=False):
+                found[id(parameter)] = parameter
+        return list(found.values())

@@ -1,0 +1,68 @@
+"""Which rows: of an operation's input for rows of its output, and of a map for each strip.
+
+Rows are half-open ranges. Input rows may lie outside the map, where they stand for padding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Strip(NamedTuple):
+    """Rows [first, last) of the images [image, image_end) of a map."""
+
+    image: int
+    image_end: int
+    first: int
+    last: int
+
+    @property
+    def n_rows(self) -> int:
+        """Return the height of the strip."""
+        return self.last - self.first
+
+    def with_rows(self, first: int, last: int) -> "Strip":
+        """Return other rows of the same images."""
+        return Strip(self.image, self.image_end, first, last)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a sliding window (convolution, pooling) runs over the rows of its input."""
+
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+    def input_rows(self, first: int, last: int) -> tuple[int, int]:
+        """Return the rows that output rows [first, last) read, padding included."""
+        reach = self.dilation * (self.kernel - 1) + 1
+        return first * self.stride - self.padding, (last - 1) * self.stride - self.padding + reach
+
+
+@dataclass(frozen=True)
+class Enlargement:
+    """Upsampling by a whole factor whose output rows read up to `halo` rows beyond their own."""
+
+    factor: int
+    halo: int
+    n_rows: int
+
+    def input_rows(self, first: int, last: int) -> tuple[int, int]:
+        """Return the rows that output rows [first, last) read; never outside of the map."""
+        start = first // self.factor - self.halo
+        stop = -(-last // self.factor) + self.halo
+        return max(0, start), min(self.n_rows, stop)
+
+
+def strips(n_images: int, n_rows: int, rows_per_strip: int) -> Iterator[Strip]:
+    """Cut a map into strips of whole rows; small maps go several whole images at a time."""
+    if rows_per_strip < n_rows:
+        for image in range(n_images):
+            for first in range(0, n_rows, rows_per_strip):
+                yield Strip(image, image + 1, first, min(n_rows, first + rows_per_strip))
+        return
+    images = max(1, rows_per_strip // n_rows)
+    for image in range(0, n_images, images):
+        yield Strip(image, min(n_images, image + images), 0, n_rows)

@@ -1,0 +1,321 @@
+"""What a step does in which order, and from when to when each map and gradient is alive.
+
+The order is known before the step starts: forward through all segments, then backward, with the
+segments of a group that keeps its input only run again ahead of its backward. So is every
+lifetime, and who may lie in whose place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+
+from umtrain.streaming.operations import Convolution
+from umtrain.streaming.program import Blend, Map, Program, Segment, Term, masks_of, terms_of
+
+Kind = Literal["forward", "again", "backward"]
+
+
+class Action(NamedTuple):
+    """One segment, run in one direction."""
+
+    kind: Kind
+    segment: int
+
+
+@dataclass
+class Buffer:
+    """Room for one map or gradient, from action `first` to action `last`."""
+
+    name: str
+    n_bytes: int
+    first: int
+    last: int
+    accesses: int = 1
+
+    def touch(self, action: int) -> None:
+        """Keep it alive until `action`."""
+        self.last = max(self.last, action)
+        self.accesses += 1
+
+
+class Needs:
+    """Which gradients a step has to find, given what requires them."""
+
+    def __init__(self, program: Program, inputs: Sequence[bool], training: bool) -> None:
+        self._program = program
+        self.of_map = [False] * len(program.maps)
+        self.backward = [False] * len(program.segments)
+        if not training:
+            return
+        for index, wanted in zip(program.inputs, inputs, strict=True):
+            self.of_map[index] = wanted
+        for segment in program.segments:
+            learns = any(p.requires_grad for p in _parameters(segment.module))
+            wanted = learns or any(self.of_term(term) for term in terms_of(segment.source))
+            self.backward[segment.index] = wanted
+            if segment.out is not None:
+                self.of_map[segment.out] = wanted
+        self._drop_what_nothing_reads()
+
+    def of_term(self, term: Term) -> bool:
+        """Return whether a gradient has to reach a use of a map."""
+        return self.of_map[term.map] or self.of_norm(term.norm)
+
+    def of_norm(self, norm: int | None) -> bool:
+        """Return whether a normalisation learns."""
+        if norm is None:
+            return False
+        return any(p.requires_grad for p in _parameters(self._program.norms[norm].module))
+
+    def _drop_what_nothing_reads(self) -> None:
+        outputs = {index for kind, index in self._program.outputs if kind == "map"}
+        for segment in reversed(self._program.segments):
+            if segment.out is None or segment.out in outputs:
+                continue
+            readers = self._program.consumers(segment.out)
+            if not any(self.backward[reader] for reader in readers):
+                self.backward[segment.index] = False
+                self.of_map[segment.out] = False
+
+
+def _parameters(module: torch.nn.Module | None) -> list[torch.nn.Parameter]:
+    return [] if module is None else list(module.parameters(recurse=False))
+
+
+@dataclass
+class Schedule:
+    """Actions in order, and the buffers that they use.
+
+    `forward[m]`, `backward[m]` and `gradient[m]` number the buffers of map m's content in forward
+    and in backward, and of its gradient. A map that is an input or output has no buffer here.
+    """
+
+    actions: list[Action] = field(default_factory=list)
+    buffers: list[Buffer] = field(default_factory=list)
+    forward: dict[int, int] = field(default_factory=dict)
+    backward: dict[int, int] = field(default_factory=dict)
+    gradient: dict[int, int] = field(default_factory=dict)
+
+    def live_bytes(self) -> list[int]:
+        """Return how much is alive during each action."""
+        change = [0] * (len(self.actions) + 1)
+        for buffer in self.buffers:
+            change[buffer.first] += buffer.n_bytes
+            change[buffer.last + 1] -= buffer.n_bytes
+        total, live = 0, []
+        for step in change[:-1]:
+            total += step
+            live.append(total)
+        return live
+
+
+def groups_of(program: Program) -> list[range]:
+    """Cut the segments where least is alive across the cut: a network's own blocks.
+
+    A cut is where what is alive is no more than at the cuts beside it.
+    """
+    n = len(program.segments)
+    last_use = {m.index: max(program.consumers(m.index), default=-1) for m in program.maps}
+    alive = []
+    for segment in range(n):
+        made = [s.out for s in program.segments[: segment + 1] if s.out is not None]
+        alive.append(sum(program.maps[m].n_bytes for m in made if last_use[m] > segment))
+    cuts = [
+        i + 1
+        for i in range(n - 1)
+        if (i == 0 or alive[i] <= alive[i - 1]) and alive[i] <= alive[i + 1]
+    ]
+    edges = [0, *cuts, n]
+    return [range(first, last) for first, last in pairwise(edges) if last > first]
+
+
+def make_schedule(
+    program: Program, needs: Needs, groups: Sequence[range], again: Sequence[bool]
+) -> Schedule:
+    """Return the schedule in which group i keeps only its input where `again[i]` is true."""
+    return _Scheduler(program, needs, groups, again).make()
+
+
+class _Scheduler:
+    def __init__(
+        self, program: Program, needs: Needs, groups: Sequence[range], again: Sequence[bool]
+    ) -> None:
+        self._program, self._needs, self._groups, self._again = program, needs, groups, again
+        self._schedule = Schedule()
+        self._outside = {index for kind, index in program.outputs if kind == "map"}
+        self._outside |= set(program.inputs)
+        self._producer = {s.out: s.index for s in program.segments if s.out is not None}
+        self._producer |= {mask.map: mask.segment for mask in program.masks}
+        self._group_of = {s: g for g, group in enumerate(groups) for s in group}
+        self._inner = self._find_inner()
+
+    def make(self) -> Schedule:
+        program, needs = self._program, self._needs
+        for segment in program.segments:
+            self._run_forward("forward", segment, self._schedule.forward)
+        for group in reversed(range(len(self._groups))):
+            for index in self._groups[group]:
+                out = program.segments[index].out
+                if out in self._inner and self._is_read_in_backward(out, group):
+                    self._run_forward("again", program.segments[index], self._schedule.backward)
+            for index in reversed(self._groups[group]):
+                if needs.backward[index]:
+                    self._run_backward(program.segments[index])
+        return self._schedule
+
+    def _find_inner(self) -> set[int]:
+        """Return the maps that exist twice: made and read in one group that runs again."""
+        masks = {mask.map for mask in self._program.masks}
+        inner = set()
+        for index, producer in self._producer.items():
+            group = self._group_of[producer]
+            readers = {self._group_of[r] for r in self._program.consumers(index)}
+            if self._again[group] and readers == {group} and index not in self._outside | masks:
+                inner.add(index)
+        return inner
+
+    def _is_read_in_backward(self, index: int, group: int) -> bool:
+        """Return whether the group's backward, or what it runs again, reads the map."""
+        if self._has_statistics(index) and self._needs.backward[self._producer[index]]:
+            return True
+        return any(
+            self._needs.backward[reader] or self._runs_again(reader, group)
+            for reader in self._program.consumers(index)
+        )
+
+    def _runs_again(self, segment: int, group: int) -> bool:
+        out = self._program.segments[segment].out
+        return out in self._inner and self._is_read_in_backward(out, group)
+
+    def _has_statistics(self, index: int) -> bool:
+        return any(norm.domain != "fixed" for norm in self._program.norms_of(index))
+
+    def _new(self, name: str, n_bytes: int) -> int:
+        action = len(self._schedule.actions) - 1
+        self._schedule.buffers.append(Buffer(name, n_bytes, action, action))
+        return len(self._schedule.buffers) - 1
+
+    def _touch(self, buffers: dict[int, int], index: int) -> None:
+        if index in buffers:
+            self._schedule.buffers[buffers[index]].touch(len(self._schedule.actions) - 1)
+
+    def _run_forward(self, kind: Kind, segment: Segment, content: dict[int, int]) -> None:
+        program, schedule = self._program, self._schedule
+        schedule.actions.append(Action(kind, segment.index))
+        for mask in program.masks:
+            if mask.segment == segment.index and kind == "forward":
+                self._hold(mask.map, content)
+        for index in (*segment.sources, *masks_of(segment.source)):
+            self._touch(content if index in content else schedule.forward, index)
+        if segment.out is not None and segment.out not in self._outside:
+            self._hold(segment.out, content)
+
+    def _hold(self, index: int, content: dict[int, int]) -> None:
+        name = self._program.maps[index].name
+        content[index] = self._new(name, self._program.maps[index].n_bytes)
+        if content is self._schedule.forward and index not in self._inner:
+            self._schedule.backward[index] = content[index]
+
+    def _run_backward(self, segment: Segment) -> None:
+        program, schedule, needs = self._program, self._schedule, self._needs
+        schedule.actions.append(Action("backward", segment.index))
+        for index in (*segment.sources, *masks_of(segment.source)):
+            self._touch(schedule.backward, index)
+        if segment.out is not None:
+            self._touch(schedule.gradient, segment.out)
+            if self._has_statistics(segment.out):
+                self._touch(schedule.backward, segment.out)
+        shared = self._shared_gradient(segment)
+        for index in segment.sources:
+            if not needs.of_map[index] or index in program.inputs:
+                continue
+            if index in schedule.gradient:
+                self._touch(schedule.gradient, index)
+            elif index in shared and segment.out is not None:
+                schedule.gradient[index] = schedule.gradient[segment.out]
+            else:
+                a_map = program.maps[index]
+                schedule.gradient[index] = self._new(f"gradient of {a_map.name}", a_map.n_bytes)
+
+    def _shared_gradient(self, segment: Segment) -> set[int]:
+        """Return the sources whose gradient may lie where the segment's output's lies.
+
+        # Note: [Gradients that share a place]
+        # Behind a sum every term gets the same gradient, and the sum's own is not read any more.
+        # So all of them are one buffer, as long as nothing is added to one of them before the
+        # others have been read for the last time.
+        """
+        source, out = segment.source, segment.out
+        if segment.operation is not None or out not in self._schedule.gradient:
+            return set()
+        if not isinstance(source, Blend) or len(set(segment.sources)) != len(source.terms):
+            return set()
+        if self._is_still_shared(out, segment.index):
+            return set()
+        candidates = [
+            term.map
+            for term in source.terms
+            if self._needs.of_map[term.map]
+            and term.map not in self._program.inputs
+            and term.map not in self._schedule.gradient
+            and is_unscaled(self._program, term)
+            and _alike(self._program.maps[term.map], self._program.maps[out])
+        ]
+        return set(candidates) if self._is_safe(segment, candidates) else set(candidates[:1])
+
+    def _is_still_shared(self, index: int, segment: int) -> bool:
+        """Return whether another map's gradient lies in the same buffer and is read later."""
+        gradient = self._schedule.gradient
+        return any(
+            gradient[other] == gradient[index] and self._producer.get(other, -1) < segment
+            for other in gradient
+            if other != index
+        )
+
+    def _is_safe(self, segment: Segment, candidates: list[int]) -> bool:
+        for index in candidates:
+            for other in candidates:
+                if other == index:
+                    continue
+                last_read = self._producer.get(other, -1)
+                adding = [
+                    reader
+                    for reader in self._program.consumers(index)
+                    if reader != segment.index and self._needs.backward[reader]
+                ]
+                if any(reader >= last_read for reader in adding):
+                    return False
+        return True
+
+
+def _alike(one: Map, other: Map) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def gradient_norm(program: Program, index: int) -> int | None:
+    """Return the normalisation whose output the gradient of a map is stored for, if there is one.
+
+    A map that is read through one normalisation only keeps the gradient of what comes out of it;
+    what the normalisation makes of it is applied when the producer reads it.
+    """
+    uses = {term.norm for s in program.segments for term in terms_of(s.source) if term.map == index}
+    is_output = ("map", index) in program.outputs
+    return uses.pop() if len(uses) == 1 and not is_output else None
+
+
+def is_unscaled(program: Program, term: Term) -> bool:
+    """Return whether the gradient of a term is what the map's gradient buffer holds."""
+    return term.norm == gradient_norm(program, term.map)
+
+
+def step_flops(program: Program, schedule: Schedule) -> list[float]:
+    """Return the operations of each action, for progress and for cost."""
+    costs = []
+    for action in schedule.actions:
+        segment = program.segments[action.segment]
+        twice = 2.0 if isinstance(segment.operation, Convolution) else 1.0
+        costs.append(segment.flops * (twice if action.kind == "backward" else 1.0))
+    return costs

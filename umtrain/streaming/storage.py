@@ -1,0 +1,184 @@
+"""Where maps and gradients lie: in the arena, in a tensor of the caller's, or in host memory.
+
+All are read and written strip by strip, in an order that is known ahead; a cursor runs through
+it. For host memory it reads one strip ahead and writes behind, so that both overlap with compute.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from umtrain.streaming.rows import Strip
+
+_ROOMS = 3
+
+
+class Pending(Protocol):
+    """A copy under way."""
+
+    def wait(self) -> None:
+        """Return when whoever computes next may use what was copied; raises what went wrong."""
+
+
+class HostBlock(Protocol):
+    """A range of host memory."""
+
+    def start_write(self, offset_bytes: int, source: Tensor) -> Pending:
+        """Begin to copy `source`, dense, to the offset; it must stay unchanged until the end."""
+
+    def start_read(self, offset_bytes: int, target: Tensor) -> Pending:
+        """Begin to fill `target`, dense, from the offset."""
+
+
+class HostMemory(Protocol):
+    """The slow tier: a spill file, or pinned memory."""
+
+    def take(self, n_bytes: int) -> HostBlock:
+        """Return a block, free again once nothing refers to it."""
+
+
+class Cursor(ABC):
+    """Runs through the strips of one map in their order."""
+
+    @abstractmethod
+    def get(self, i: int) -> Tensor:
+        """Return strip i, dense in channels-last order; what is written to it counts at commit."""
+
+    @abstractmethod
+    def commit(self, i: int) -> None:
+        """Keep what strip i holds now."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait for what is under way."""
+
+
+class Place(ABC):
+    """Where a map lies."""
+
+    @abstractmethod
+    def cursor(self, strips: Sequence[Strip], reads: bool, writes: bool) -> Cursor:
+        """Return a cursor over `strips`, which reads their content, writes it, or both."""
+
+
+class _ViewCursor(Cursor):
+    def __init__(self, content: Tensor, strips: Sequence[Strip], dtype: torch.dtype) -> None:
+        self._content, self._strips, self._dtype = content, strips, dtype
+
+    def get(self, i: int) -> Tensor:
+        strip = self._strips[i]
+        view = self._content[strip.image : strip.image_end, :, strip.first : strip.last]
+        return view.to(self._dtype).contiguous(memory_format=torch.channels_last)
+
+    def commit(self, i: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class TensorPlace(Place):
+    """A tensor (N, C, H, W); written to only if it has the map's dtype and is channels-last."""
+
+    def __init__(self, content: Tensor, dtype: torch.dtype | None = None) -> None:
+        self._content = content
+        self._dtype = dtype or content.dtype
+
+    def cursor(self, strips: Sequence[Strip], reads: bool, writes: bool) -> Cursor:
+        """See `Place`."""
+        return _ViewCursor(self._content, strips, self._dtype)
+
+
+def in_arena(
+    arena: Tensor, offset_bytes: int, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> TensorPlace:
+    """Return the place of a map at an offset of the arena, uint8."""
+    return TensorPlace(_as_map(arena[offset_bytes:], shape, dtype))
+
+
+def _as_map(room: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return the map of `shape` that lies, channels-last, at the start of `room`, uint8."""
+    n_images, channels, rows, columns = shape
+    n_bytes = n_images * channels * rows * columns * dtype.itemsize
+    dense = room[:n_bytes].view(dtype).view(n_images, rows, columns, channels)
+    return dense.permute(0, 3, 1, 2)
+
+
+class HostPlace(Place):
+    """A map in host memory."""
+
+    def __init__(
+        self,
+        block: HostBlock,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block, self.shape, self.dtype, self.device = block, shape, dtype, device
+
+    def cursor(self, strips: Sequence[Strip], reads: bool, writes: bool) -> Cursor:
+        """See `Place`."""
+        return _HostCursor(self, strips, reads, writes)
+
+
+class _HostCursor(Cursor):
+    """Note: [Rooms of a cursor]. Strip i is in room i mod 3: while it is computed on, strip i+1
+    is read into the next room and strip i-1 is written from the one before."""
+
+    def __init__(
+        self, place: HostPlace, strips: Sequence[Strip], reads: bool, writes: bool
+    ) -> None:
+        self._place, self._strips, self._reads, self._writes = place, strips, reads, writes
+        _, channels, rows, columns = place.shape
+        self._row_bytes = channels * columns * place.dtype.itemsize
+        self._image_bytes = rows * self._row_bytes
+        largest = max(self._extent(i)[1] for i in range(len(strips)))
+        self._rooms = [
+            torch.empty(largest, dtype=torch.uint8, device=place.device)
+            for _ in range(min(_ROOMS, len(strips)))
+        ]
+        self._pending: list[Pending | None] = [None] * len(self._rooms)
+        if reads:
+            self._start_read(0)
+
+    def get(self, i: int) -> Tensor:
+        self._settle(i)
+        if self._reads and i + 1 < len(self._strips):
+            self._start_read(i + 1)
+        strip = self._strips[i]
+        _, channels, _, columns = self._place.shape
+        shape = (strip.image_end - strip.image, channels, strip.n_rows, columns)
+        return _as_map(self._room(i), shape, self._place.dtype)
+
+    def commit(self, i: int) -> None:
+        offset, n_bytes = self._extent(i)
+        source = self._room(i)[:n_bytes]
+        self._pending[i % len(self._rooms)] = self._place.block.start_write(offset, source)
+
+    def finish(self) -> None:
+        for i in range(len(self._rooms)):
+            self._settle(i)
+
+    def _room(self, i: int) -> Tensor:
+        return self._rooms[i % len(self._rooms)]
+
+    def _settle(self, i: int) -> None:
+        position = i % len(self._rooms)
+        pending, self._pending[position] = self._pending[position], None
+        if pending is not None:
+            pending.wait()
+
+    def _start_read(self, i: int) -> None:
+        self._settle(i)
+        offset, n_bytes = self._extent(i)
+        target = self._room(i)[:n_bytes]
+        self._pending[i % len(self._rooms)] = self._place.block.start_read(offset, target)
+
+    def _extent(self, i: int) -> tuple[int, int]:
+        """Return where strip i starts in the block, and its size."""
+        strip = self._strips[i]
+        n_bytes = (strip.image_end - strip.image) * strip.n_rows * self._row_bytes
+        return strip.image * self._image_bytes + strip.first * self._row_bytes, n_bytes
