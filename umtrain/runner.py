@@ -216,14 +216,7 @@ def _train(
     torch.manual_seed(config.seed)
     pretrained = config.model.pretrained
     model = task.create_model(Path(pretrained).expanduser() if pretrained else None).to(device)
-    options = {
-        item.name: getattr(config.memory, item.name)
-        for item in dataclasses.fields(config.memory)
-        if item.name not in ("name", "show_groups")
-    }
-    if config.trace:
-        options["trace"] = run_dir
-    strategy = memory.create(config.memory.name, device=device.type, **options)
+    strategy = _create_strategy(config, device, run_dir if config.trace else None)
     try:
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
@@ -240,10 +233,19 @@ def _train(
                 record["reasons"]["throughput.images_per_s.mean"] = why
             use = dataclasses.asdict(strategy.stats())
             reasons = use.pop("reasons")
-            record["memory_use"] = use
+            record["memory_use"] = {"strategy": strategy.running_name, **use}
             record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
     finally:
         strategy.close()
+
+
+def _create_strategy(config: RunConfig, device: torch.device, trace: Path | None) -> Strategy:
+    options = {
+        item.name: getattr(config.memory, item.name)
+        for item in dataclasses.fields(config.memory)
+        if item.name not in ("name", "show_groups")
+    }
+    return memory.create(config.memory.name, device=device.type, trace=trace, **options)
 
 
 def _groups(task: Task, model: nn.Module, strategy: Strategy, device: torch.device) -> Table:
@@ -276,9 +278,15 @@ def _evaluate_split(
             f"{path}: not a checkpoint of this run's {task.config.model.name}"
         ) from error
     loader = task.loader(split, training=False)
-    # Nothing is kept for a backward pass: what evaluation needs, ordinary memory has.
-    with memory.create("vanilla", device=device.type).guard():
-        rows, loss = inference(task, model.to(device), split, loader, console)
+    strategy = _create_strategy(task.config, device, trace=None)
+    try:
+        with strategy.guard(), autocast(device, task.config.precision):
+            sample = task.sample_input(device, input_dtype(task.config.precision))
+            prepared = strategy.prepare_inference(model.to(device), sample)
+        with strategy.guard():
+            rows, loss = inference(task, prepared, split, loader, console)
+    finally:
+        strategy.close()
     record[split] = {
         "loss": loss,
         "n": len(rows),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from umtrain.checkpoint import BEST, FOLDER, LAST, save_checkpoint
 from umtrain.config import OptimConfig, RunConfig
-from umtrain.console import Console
+from umtrain.console import Console, format_duration
+from umtrain.console import Task as Work
 from umtrain.data.loader import Batch, Loader
 from umtrain.data.manifest import Split
 from umtrain.errors import RunError
@@ -151,6 +152,7 @@ class Trainer:
         with self.console.task(title, left) as bar:
             batches = _timed(self.loader)
             for done in range(1, left + 1):
+                self.strategy.on_progress = _InStep(bar, done).update
                 step = self._step(epoch, batches)
                 self.progress.steps.append(step)
                 log.write(step)
@@ -307,6 +309,23 @@ def create_schedule(
         return 0.5 * (1 + math.cos(math.pi * progress))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class _InStep:
+    """Progress inside a step, once it takes longer than one waits for without wondering."""
+
+    _QUIET_S = 3.0
+
+    def __init__(self, bar: Work, step: int) -> None:
+        self._bar, self._step = bar, step
+        self._start_s = time.monotonic()
+
+    def update(self, share: float) -> None:
+        """Say how far the step is and how long it will take."""
+        gone_s = time.monotonic() - self._start_s
+        if gone_s > self._QUIET_S and 0 < share < 1:
+            left = format_duration(gone_s * (1 - share) / share)
+            self._bar.update(self._step - 1, f"step {self._step}: {share:.0%}, {left} left")
 
 
 def _timed(loader: Loader) -> Generator[tuple[Batch, float]]:

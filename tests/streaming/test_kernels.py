@@ -17,7 +17,7 @@ CHANNELS = (1, 3, 40, 64)  # less than a tile, a tile and more, whole tiles
 @pytest.fixture(scope="module")
 def native() -> NativeKernels:
     kernels = native_kernels()
-    assert kernels is not None, "make test needs a C compiler, as the README says"
+    assert kernels is not None, "the tests need a C compiler"
     return kernels
 
 

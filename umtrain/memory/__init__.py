@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from umtrain.memory.base import Strategy
 
 _REGISTRY = {
+    "auto": ("umtrain.memory.auto", "Auto"),
     "vanilla": ("umtrain.memory.vanilla", "Vanilla"),
     "placement": ("umtrain.memory.placement", "Placement"),
     "vdnn": ("umtrain.memory.vdnn", "Vdnn"),

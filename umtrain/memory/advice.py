@@ -2,7 +2,7 @@
 
 # By how much device memory a ResNet's step needs, most first; scripts/bench_memory.py --smallest
 # prints the figures behind the order.
-_BY_NEED = ("vanilla", "checkpoint", "vdnn", "lms", "um", "um_group", "um_group_prefetch")
+_BY_NEED = ("vanilla", "checkpoint", "vdnn", "lms", "um", "um_group", "um_group_prefetch", "stream")
 
 
 def strategies_needing_less(name: str) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ from umtrain.units import format_bytes
 class Strategy(ABC):
     """One way to hold a training step in memory.
 
+    `on_progress` is told the share of a step that is done, by strategies that know it.
+
     Lifecycle: `prepare` once, `step` around each forward and backward, `stats` at any time,
     `close` at the end. Losses, gradients and running statistics are those of ordinary training.
     """
@@ -51,6 +53,18 @@ class Strategy(ABC):
         self._budget = self._enforce_budget(model)
         self._cleanup.callback(self._budget.lift)
         return prepared
+
+    def prepare_inference(self, model: nn.Module, sample_batch: Any) -> nn.Module:
+        """Return the module to evaluate with, without gradients, outside of steps.
+
+        Ordinary forward passes, where the strategy has no better way.
+        """
+        return model
+
+    @property
+    def running_name(self) -> str:
+        """Return the name of the strategy that runs, where this one chooses another."""
+        return self.name
 
     @contextmanager
     def step(self) -> Generator[None]:

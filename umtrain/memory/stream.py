@@ -58,6 +58,10 @@ class Stream(Strategy):
             _log.info("memory=stream: %s", plan.summary())
         return prepared
 
+    def prepare_inference(self, model: nn.Module, sample_batch: Any) -> nn.Module:
+        """See `Strategy`: forward in strips as well."""
+        return self._attach(model, sample_batch)
+
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         self._model = model
         settings = Settings(self._arena_bytes, self._host, on_progress=self._report)

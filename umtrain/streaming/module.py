@@ -9,7 +9,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,13 +53,14 @@ class Streamer:
     def __init__(self, module: nn.Module, settings: Settings) -> None:
         self._module, self._settings = module, settings
         self._traced: dict[tuple[bool, ...], _Parts] = {}
-        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._arenas = _Arenas(device)
 
     def __call__(self, *inputs: Any) -> Any:
         """Return the module's output for `inputs`."""
         training = self._training()
         if training not in self._traced:
-            self._traced[training] = _Parts(trace(self._module), self._settings, self.device)
+            self._traced[training] = _Parts(trace(self._module), self._settings, self._arenas)
         return self._traced[training].parts(*inputs)
 
     def plan(self, *inputs: Tensor) -> list[Plan]:
@@ -82,21 +83,21 @@ class Streamer:
 class _Parts:
     """A traced module, with its streamed parts put in the place of the originals."""
 
-    def __init__(self, traced: Traced, settings: Settings, device: torch.device) -> None:
+    def __init__(self, traced: Traced, settings: Settings, arenas: "_Arenas") -> None:
         self.parts = traced.parts
         self.streamed: list[_Part] = []
         for name in traced.streamed:
-            self.streamed.append(_Part(getattr(self.parts, name), settings, device))
+            self.streamed.append(_Part(getattr(self.parts, name), settings, arenas))
             setattr(self.parts, name, self.streamed[-1])
 
 
 class _Part(nn.Module):
     """One streamed part; compiled anew for each kind of input."""
 
-    def __init__(self, original: fx.GraphModule, settings: Settings, device: torch.device) -> None:
+    def __init__(self, original: fx.GraphModule, settings: Settings, arenas: "_Arenas") -> None:
         super().__init__()
         self._original = [original]  # in a list: its parameters are the model's, not this part's
-        self._settings, self._device = settings, device
+        self._settings, self._arenas, self._device = settings, arenas, arenas.device
         self.compiled: dict[Any, _Ready] = {}
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -126,7 +127,7 @@ class _Part(nn.Module):
         strip_bytes = settings.strip_bytes or STRIP_BYTES[self._device.type]
         kernels = create_kernels(self._device)
         compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes)
-        return _Ready(compiled, settings, program.parameters())
+        return _Ready(compiled, settings, program.parameters(), self._arenas)
 
 
 def program_of(part: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
@@ -137,14 +138,33 @@ def program_of(part: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
         return build(part, fakes)
 
 
+class _Arenas:
+    """The arenas of a module's steps: one, as long as one session is alive at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._free: list[Tensor] = []
+
+    def take(self, n_bytes: int) -> Tensor:
+        """Return an arena of at least `n_bytes`; smaller ones that are free go."""
+        if not any(arena.nbytes >= n_bytes for arena in self._free):
+            self._free.clear()
+            return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+        return self._free.pop(next(i for i, a in enumerate(self._free) if a.nbytes >= n_bytes))
+
+    def give_back(self, arena: Tensor) -> None:
+        """Let the next session have it."""
+        self._free.append(arena)
+
+
 @dataclass
 class _Ready:
-    """A compiled part and the arenas that its steps have used."""
+    """A compiled part, ready for steps."""
 
     compiled: Compiled
     settings: Settings
     parameters: list[nn.Parameter]
-    _free: list[Tensor] = field(default_factory=list)
+    arenas: _Arenas
 
     def like_outputs(self) -> list[Tensor]:
         """Return empty tensors with the outputs' shapes."""
@@ -159,16 +179,11 @@ class _Ready:
 
     def start(self, inputs: Sequence[Tensor]) -> Session:
         """Return a session in an arena of its own, which is free again when the session ends."""
-        n_bytes = self.compiled.plan.arena_bytes
-        arena = self._free.pop() if self._free else self._new_arena(n_bytes)
-        session = Session(
-            self.compiled, arena, self.settings.host, inputs, self._progress_of_actions()
-        )
-        weakref.finalize(session, self._free.append, arena).atexit = False
+        arena = self.arenas.take(self.compiled.plan.arena_bytes)
+        progress = self._progress_of_actions()
+        session = Session(self.compiled, arena, self.settings.host, inputs, progress)
+        weakref.finalize(session, self.arenas.give_back, arena).atexit = False
         return session
-
-    def _new_arena(self, n_bytes: int) -> Tensor:
-        return torch.empty(n_bytes, dtype=torch.uint8, device=self.compiled.device)
 
     def _progress_of_actions(self) -> Callable[[int], None]:
         costs = step_flops(self.compiled.program, self.compiled.plan.schedule)

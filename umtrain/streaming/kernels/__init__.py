@@ -1,13 +1,15 @@
-"""What strips go through between convolutions, behind one interface with two implementations.
+"""What strips go through between convolutions, behind one interface with three implementations.
 
-`native` is C, one pass over a strip that lies in the cache; `torch_ops` is any device, any dtype,
-and what the C is tested against. A strip is (k, C, rows, W) in channels-last memory, dense.
-Coefficients are (C,) in the strip's arithmetic dtype: fp64 for fp64, else fp32.
+`native` is C, one pass over a strip that lies in the cache; `triton_ops` is the same for GPUs;
+`torch_ops` is any device, any dtype, and what both are tested against. A strip is (k, C, rows, W)
+in channels-last memory, dense. Coefficients are (C,) in the strip's arithmetic dtype: fp64 for
+fp64, else fp32.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -68,6 +70,10 @@ def create_kernels(device: torch.device) -> Kernels:
     """Return the fastest kernels that this machine has for `device`."""
     from umtrain.streaming.kernels.torch_ops import TorchKernels
 
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from umtrain.streaming.kernels.triton_ops import TritonKernels
+
+        return TritonKernels()
     if device.type != "cpu":
         return TorchKernels()
     from umtrain.streaming.kernels.native import native_kernels

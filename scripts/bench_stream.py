@@ -1,0 +1,251 @@
+"""The streaming engine against ordinary training: seconds a step and peak memory, by resolution.
+
+Modes:
+  compare    at one resolution, in turns: stock PyTorch, ordinary training with recycled buffers,
+             torch.utils.checkpoint over the network's blocks, and streaming, with all the memory
+             there is and under --budgets. Ratios to stock PyTorch, round by round.
+  curve      streaming alone at several resolutions (512 to 10000), ordinary training beside it
+             while it fits. JSON and PNG beside it.
+  frozen     as compare, with frozen norms, and lightstream beside it if it is installed.
+
+Method: each figure is a process of its own that trains ResNet-50, batch 1, channels-last, on one
+random image in memory; the first step is left out where more than one is made. Peak memory is the
+largest resident set of the steps, less what the process held before the model; `rss` is all of it.
+Prints a table; the last line of output is one JSON document.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+SIDES = {
+    "stock": ("vanilla", "GLIBC"),
+    "vanilla": ("vanilla", "RECYCLE"),
+    "checkpoint": ("checkpoint", "RECYCLE"),
+    "stream": ("stream", "RECYCLE"),
+}
+LARGEST_ORDINARY_RES = 3000
+
+
+def cell(arguments: argparse.Namespace) -> dict[str, object]:
+    """Train a few steps in this process and return the figures."""
+    import torch
+
+    from umtrain import memory, models
+    from umtrain.errors import OutOfMemoryError
+    from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
+
+    strategy_name, freed_buffers = SIDES[arguments.side]
+    set_freed_buffers(FreedBuffers[freed_buffers])
+    device, res = arguments.device, arguments.res
+    is_bf16 = arguments.precision == "bf16"
+    torch.manual_seed(0)
+    norm = "frozen" if arguments.frozen else "batch"
+    model = models.create(arguments.model, in_channels=3, n_outputs=2, norm=norm).to(device)
+    model = model.to(memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    image = torch.empty(1, 3, res, res, dtype=dtype, device=device).normal_()
+    image = image.contiguous(memory_format=torch.channels_last)
+    budget = {"device_budget": arguments.budget} if arguments.budget else {}
+    strategy = memory.create(strategy_name, device=device, **budget)
+    times_s: list[float] = []
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
+            strategy.prepare(model, image)
+        for _ in range(arguments.steps):
+            start_s = time.perf_counter()
+            with strategy.step():
+                with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
+                    output = model(image)
+                output.float().square().mean().backward()
+            model.zero_grad(set_to_none=False)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times_s.append(time.perf_counter() - start_s)
+    except OutOfMemoryError as error:
+        return {"status": "oom", "why": str(error)}
+    finally:
+        strategy.close()
+    timed = times_s[1:] or times_s
+    return {
+        "status": "ok",
+        "step_s": statistics.median(timed),
+        "all_steps_s": times_s,
+        "memory_use": asdict(strategy.stats()),
+    }
+
+
+def in_process_of_its_own(arguments: argparse.Namespace, **changes: object) -> dict[str, object]:
+    """Run one cell in a fresh process; a process that the system kills is out of memory."""
+    values = vars(arguments) | changes
+    command = [sys.executable, __file__, "cell"]
+    for key in ("side", "res", "steps", "precision", "device", "model"):
+        command += [f"--{key}", str(values[key])]
+    if values.get("budget"):
+        command += ["--budget", str(values["budget"])]
+    if values["frozen"]:
+        command.append("--frozen")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode < 0:
+        return {"status": "oom", "why": f"the process ended by signal {-done.returncode}"}
+    return {"status": "failed", "why": done.stderr.strip().splitlines()[-1]}
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, object]:
+    """Take turns, so that a change in the machine's load falls on all sides."""
+    sides = [(side, None) for side in SIDES] + [("stream", b) for b in arguments.budgets]
+    rounds: dict[str, list[dict[str, object]]] = {label(*side): [] for side in sides}
+    for _ in range(arguments.rounds):
+        for side, budget in sides:
+            figures = in_process_of_its_own(arguments, side=side, budget=budget)
+            rounds[label(side, budget)].append(figures)
+            print(f"{label(side, budget):18} {text(figures)}", flush=True)
+    return {"mode": arguments.mode, "res": arguments.res, "rounds": rounds, **ratios(rounds)}
+
+
+def label(side: str, budget: str | None) -> str:
+    return f"{side} in {budget}" if budget else side
+
+
+def ratios(rounds: dict[str, list[dict[str, object]]]) -> dict[str, object]:
+    """Return time and peak memory over those of stock PyTorch: medians of the rounds' ratios."""
+    result = {}
+    for name, cells in rounds.items():
+        pairs = [
+            (one, stock)
+            for one, stock in zip(cells, rounds["stock"], strict=True)
+            if one["status"] == stock["status"] == "ok"
+        ]
+        if pairs:
+            result[name] = {
+                "time": statistics.median(a["step_s"] / b["step_s"] for a, b in pairs),
+                "memory": statistics.median(peak(a) / peak(b) for a, b in pairs),
+            }
+            print(
+                f"{name:18} {result[name]['time']:.2f} of stock's time, "
+                f"{result[name]['memory']:.2f} of its memory",
+                flush=True,
+            )
+    return {"over_stock": result}
+
+
+def peak(figures: dict[str, object]) -> int:
+    return figures["memory_use"]["device_peak_bytes"]
+
+
+def text(figures: dict[str, object]) -> str:
+    if figures["status"] != "ok":
+        return f"{figures['status']}: {figures['why']}"
+    use = figures["memory_use"]
+    rss = "" if use["rss_peak_bytes"] is None else f", rss {use['rss_peak_bytes'] / 2**30:.2f} GiB"
+    host = use["host_peak_bytes"] or 0
+    return (
+        f"{figures['step_s']:8.2f} s, peak {peak(figures) / 2**30:6.2f} GiB{rss}, "
+        f"host {host / 2**30:.2f} GiB"
+    )
+
+
+def curve(arguments: argparse.Namespace) -> dict[str, object]:
+    rows = []
+    for res in arguments.resolutions:
+        for side in ("stock", "stream"):
+            if side == "stock" and res > arguments.largest_ordinary_res:
+                continue
+            budget = arguments.budget if side == "stream" else None
+            steps = 1 if res > LARGEST_ORDINARY_RES else arguments.steps
+            figures = in_process_of_its_own(
+                arguments, side=side, res=res, budget=budget, steps=steps
+            )
+            rows.append({"res": res, "side": side, **figures})
+            print(f"{res:6} {side:8} {text(figures)}", flush=True)
+    return {"mode": "curve", "rows": rows}
+
+
+def draw(document: dict[str, object], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    names = {"stock": "stock PyTorch", "stream": "memory=stream"}
+    for side, name in names.items():
+        rows = [r for r in document["rows"] if r["side"] == side and r["status"] == "ok"]
+        sizes = [row["res"] for row in rows]
+        panels[0].plot(sizes, [row["step_s"] for row in rows], "o-", label=name)
+        panels[1].plot(sizes, [peak(row) / 2**30 for row in rows], "o-", label=name)
+    for panel, what in zip(panels, ("seconds a step", "peak memory, GiB"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel="resolution, px", title=what)
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(f"{document['model']}, {document['precision']}, {document['machine']}")
+    figure.savefig(path, dpi=120)
+
+
+def machine(arguments: argparse.Namespace) -> dict[str, object]:
+    import torch
+
+    from umtrain.device import device_name
+
+    return {
+        "model": arguments.model,
+        "precision": arguments.precision,
+        "frozen_norms": arguments.frozen,
+        "machine": f"{device_name(torch.device(arguments.device))}, {os.cpu_count()} cores",
+        "load_1min": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "command": " ".join(sys.argv),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("mode", choices=("compare", "curve", "frozen", "cell"))
+    parser.add_argument("--res", type=int, default=2048)
+    parser.add_argument(
+        "--resolutions", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 10000]
+    )
+    parser.add_argument("--largest-ordinary-res", type=int, default=LARGEST_ORDINARY_RES)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budgets", nargs="*", default=[], help="for compare, e.g. 768MiB")
+    parser.add_argument("--budget", help="memory.device_budget of streaming, e.g. 8GiB")
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--frozen", action="store_true", help="frozen norms")
+    parser.add_argument("--out", type=Path, help="where to write .json and, for curve, .png")
+    parser.add_argument("--side", choices=tuple(SIDES), default="stream", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.mode == "cell":
+        print(json.dumps(cell(arguments)))
+        return
+    arguments.frozen = arguments.frozen or arguments.mode == "frozen"
+    run = curve if arguments.mode == "curve" else compare
+    document = {**machine(arguments), **run(arguments)}
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.with_suffix(".json").write_text(json.dumps(document, indent=1))
+        if arguments.mode == "curve":
+            draw(document, arguments.out.with_suffix(".png"))
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
