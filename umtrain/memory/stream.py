@@ -24,7 +24,8 @@ from umtrain.units import format_bytes
 _log = logging.getLogger(__name__)
 
 _ADAM_STATES = 2
-_STRIPS_ALIVE = 24  # rooms, sources and gradients of a segment, and what oneDNN lays out anew
+# Rooms, sources and gradients of a segment, and what oneDNN and cuDNN lay out anew.
+_STRIPS_ALIVE = {"cpu": 24, "cuda": 6}
 _SHARE_OF_FREE = 0.85
 
 
@@ -97,7 +98,11 @@ class Stream(Strategy):
         held = model_bytes(self._model)
         gradients = sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
         states = (1 + _ADAM_STATES) * held - min(held, gradients)
-        return states + held // 2 + _STRIPS_ALIVE * STRIP_BYTES[self.options.device]
+        return states + held // 2 + self._strips_bytes()
+
+    def _strips_bytes(self) -> int:
+        device = self.options.device
+        return _STRIPS_ALIVE[device] * STRIP_BYTES[device]
 
     def _least_text(self, error: OutOfMemoryError) -> str:
         budget = self.options.device_budget_bytes or 0

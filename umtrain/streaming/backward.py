@@ -18,10 +18,10 @@ from umtrain.streaming.forward import Session, finish
 from umtrain.streaming.kernels import arithmetic_dtype
 from umtrain.streaming.norms import NormGradient, gradient_of
 from umtrain.streaming.operations import GlobalPooling, Gradients
-from umtrain.streaming.pointwise import Sink, finished
-from umtrain.streaming.program import Segment, terms_of
+from umtrain.streaming.pointwise import Finisher, Sink
+from umtrain.streaming.program import Segment, Term, terms_of
 from umtrain.streaming.rows import Strip, strips
-from umtrain.streaming.schedule import gradient_norm, is_unscaled
+from umtrain.streaming.schedule import is_unscaled
 from umtrain.streaming.storage import Cursor, Place, TensorPlace
 
 
@@ -45,6 +45,8 @@ class Backward:
         self._gradients: dict[int, Place] = {}
         self._started: set[int] = set()
         self._of_norm: dict[int, NormGradient] = {}
+        self._wants = (False, False, False)  # of the segment that runs
+        self._unscaled: frozenset[Term] = frozenset()
         self.parameters: dict[int, Tensor] = {}
         self.inputs: dict[int, Tensor] = {}
 
@@ -61,6 +63,10 @@ class Backward:
 
     def _run(self, segment: Segment) -> None:
         session = self._session
+        self._wants = self._wanted(segment)
+        self._unscaled = frozenset(
+            term for term in terms_of(segment.source) if is_unscaled(self._program, term)
+        )
         pieces = self._pieces(segment)
         reads = session.source_cursors(segment, [piece.read for piece in pieces])
         dy = self._output_gradient(segment, pieces)
@@ -125,7 +131,7 @@ class Backward:
             summands.insert(0, self._gradients[index])
         cursors = [place.cursor(cut, reads=True, writes=False) for place in summands]
         content: Cursor | None = None
-        own = gradient_norm(program, index)
+        own = program.gradient_norms[index]
         norms = [norm for norm in program.norms_of(index) if norm.index in session.coefficients]
         measured = [norm for norm in norms if norm.domain != "fixed"]
         if measured:
@@ -139,6 +145,7 @@ class Backward:
             scale = torch.ones(1, channels, dtype=wide, device=self._compiled.device)
         a = sum((effect.a for effect in effects), torch.zeros_like(scale, dtype=torch.float64))
         b = sum((effect.b for effect in effects), torch.zeros_like(scale, dtype=torch.float64))
+        finisher = Finisher(self._compiled.kernels, scale, a, b)
 
         def dy(i: int) -> Tensor:
             if cursors:
@@ -150,7 +157,7 @@ class Backward:
             if own is None and content is None:
                 return g
             y = None if content is None else content.get(i)
-            return finished(self._compiled.kernels, g, scale, y, a, b, cut[i].image)
+            return finisher.finish(g, y, cut[i].image)
 
         return _OutputGradient([*cursors, *([content] if content else [])], dy)
 
@@ -179,7 +186,7 @@ class Backward:
         session = self._session
         z = session.padded(segment, operation, fetched, piece.out, piece.read)
         weights = session.weights_of(segment)
-        wanted = self._wanted(segment)
+        wanted = self._wants
         found = operation.backward(dy, z, weights, piece.out.first, piece.out.last, wanted)
         self._enter_weights(segment, found, wanted)
         if found.source is None or not wanted[0]:
@@ -216,7 +223,7 @@ class Backward:
 
     def _targets(self, segment: Segment, done: Sequence[Strip]) -> dict[int, Cursor] | None:
         """Return cursors on the gradients of the source maps; None if nothing is wanted."""
-        if not self._wanted(segment)[0]:
+        if not self._wants[0]:
             return None
         targets = {}
         for index in segment.sources:
@@ -254,9 +261,7 @@ class Backward:
         sink = Sink(
             target=rooms.get,
             adds=lambda index: index in self._started or index in written,
-            unscaled=frozenset(
-                term for term in terms_of(segment.source) if is_unscaled(self._program, term)
-            ),
+            unscaled=self._unscaled,
             wrote=written.add,
         )
         offset = piece.done.first - piece.read.first

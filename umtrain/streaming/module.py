@@ -6,6 +6,7 @@
 # before or behind is ordinary PyTorch.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,7 +28,10 @@ from umtrain.streaming.schedule import Needs, step_flops
 from umtrain.streaming.storage import HostMemory
 from umtrain.streaming.tracing import Traced, trace
 
-STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+_log = logging.getLogger(__name__)
+
+# The cache of a processor; on a GPU, what keeps launches from being the larger part.
+STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}
 
 
 @dataclass
@@ -55,13 +59,23 @@ class Streamer:
         self._traced: dict[tuple[bool, ...], _Parts] = {}
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._arenas = _Arenas(device)
+        self._told: set[str] = set()
 
     def __call__(self, *inputs: Any) -> Any:
         """Return the module's output for `inputs`."""
         training = self._training()
         if training not in self._traced:
-            self._traced[training] = _Parts(trace(self._module), self._settings, self._arenas)
+            traced = trace(self._module)
+            self._tell(traced.whole)
+            self._traced[training] = _Parts(traced, self._settings, self._arenas)
         return self._traced[training].parts(*inputs)
+
+    def _tell(self, whole: Sequence[str]) -> None:
+        """Say, once, what of the part of the network that has maps runs whole."""
+        new = [name for name in whole if name not in self._told]
+        self._told.update(new)
+        if new:
+            _log.info("memory=stream: not streamed, but run whole: %s", ", ".join(new))
 
     def plan(self, *inputs: Tensor) -> list[Plan]:
         """Return the plans of the parts for inputs like these, which a step will follow.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from umtrain.streaming.kernels import Affine, Kernels, arithmetic_dtype
+from umtrain.streaming.kernels import Affine, Kernels
 from umtrain.streaming.program import Blend, Concat, Expression, Masked, Program, Term
 
 Strips = Mapping[int, Tensor]
@@ -14,11 +14,18 @@ Strips = Mapping[int, Tensor]
 
 @dataclass
 class Coefficients:
-    """A normalisation's scale, shift and mean in arithmetic precision, (N or 1, C) each."""
+    """A normalisation's scale, shift and mean in arithmetic precision, (N or 1, C) each.
+
+    `rows` are (scale, shift, mean) of each image, or of all of them, (C,) each.
+    """
 
     scale: Tensor
     shift: Tensor
     mean: Tensor
+
+    def __post_init__(self) -> None:
+        parts = (self.scale.unbind(), self.shift.unbind(), self.mean.unbind())
+        self.rows = list(zip(*parts, strict=True))
 
 
 @dataclass
@@ -35,7 +42,7 @@ class Sink:
 
     `target(map)` is the strip of a map's gradient, or None if it is not wanted; `adds(map)` says
     whether something is there already, and is false once for each strip otherwise; `unscaled`
-    holds the terms whose gradient is stored as it is (see `schedule.gradient_norm`).
+    holds the terms whose gradient is stored as it is (see `Program.gradient_norms`).
     """
 
     target: Callable[[int], Tensor | None]
@@ -104,16 +111,16 @@ class Evaluator:
             terms: list[Affine] = []
             means: list[Tensor | None] = []
             for term in blend.terms:
-                y = strips[term.map][part].to(blend.dtype)
-                y = y.contiguous(memory_format=torch.channels_last)
+                y = strips[term.map] if shared else strips[term.map][part]
+                y = y.to(blend.dtype).contiguous(memory_format=torch.channels_last)
                 if term.norm is None:
                     terms.append(Affine(y))
                     means.append(None)
                     continue
                 known = self._coefficients[term.norm]
-                row = 0 if len(known.scale) == 1 else image + start
-                terms.append(Affine(y, known.scale[row], known.shift[row]))
-                means.append(known.mean[row])
+                scale, shift, mean = known.rows[0 if len(known.rows) == 1 else image + start]
+                terms.append(Affine(y, scale, shift))
+                means.append(mean)
             yield part, terms, means
 
     def backward(
@@ -206,24 +213,23 @@ class Evaluator:
                 self._sums[term.norm].product[image] += product
 
 
-def finished(
-    kernels: Kernels,
-    g: Tensor,
-    scale: Tensor,
-    y: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    image: int,
-) -> Tensor:
-    """Return scale·g + a + b·y for a strip that starts at `image`; coefficients (N or 1, C)."""
-    out = torch.empty_like(g, memory_format=torch.channels_last)
-    wide = arithmetic_dtype(g.dtype)
-    scale, a, b = scale.to(wide), a.to(wide), b.to(wide)
-    if len(scale) == len(a) == 1:
-        kernels.finish(g, scale[0], y, a[0], b[0], out)
+class Finisher:
+    """Turns the stored gradient of a map into dy = scale·g + a + b·y; coefficients (N or 1, C)."""
+
+    def __init__(self, kernels: Kernels, scale: Tensor, a: Tensor, b: Tensor) -> None:
+        self._kernels = kernels
+        self._scale, self._a, self._b = scale.unbind(), a.to(scale).unbind(), b.to(scale).unbind()
+
+    def finish(self, g: Tensor, y: Tensor | None, image: int) -> Tensor:
+        """Return dy on a strip that starts at `image`; without `y`, scale·g."""
+        out = torch.empty_like(g, memory_format=torch.channels_last)
+        if len(self._scale) == len(self._a) == 1:
+            self._kernels.finish(g, self._scale[0], y, self._a[0], self._b[0], out)
+            return out
+        for i in range(len(g)):
+            scale, a, b = (
+                x[0 if len(x) == 1 else image + i] for x in (self._scale, self._a, self._b)
+            )
+            content = None if y is None else y[i : i + 1]
+            self._kernels.finish(g[i : i + 1], scale, content, a, b, out[i : i + 1])
         return out
-    for i in range(len(g)):
-        s, shift, slope = (x[0 if len(x) == 1 else image + i] for x in (scale, a, b))
-        content = None if y is None else y[i : i + 1]
-        kernels.finish(g[i : i + 1], s, content, shift, slope, out[i : i + 1])
-    return out

@@ -8,6 +8,7 @@ alone, and again in backward.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -172,6 +173,22 @@ class Program:
     def norms_of(self, index: int) -> list[Norm]:
         """Return the normalisations of a map."""
         return [norm for norm in self.norms if norm.map == index]
+
+    @cached_property
+    def gradient_norms(self) -> list[int | None]:
+        """For each map the normalisation whose output its gradient is stored for, if there is one.
+
+        A map that is read through one normalisation only keeps the gradient of what comes out of
+        it; what the normalisation makes of that is applied when the producer reads it.
+        """
+        uses: list[set[int | None]] = [set() for _ in self.maps]
+        for segment in self.segments:
+            for term in terms_of(segment.source):
+                uses[term.map].add(term.norm)
+        for kind, index in self.outputs:
+            if kind == "map":
+                uses[index].add(None)
+        return [use.pop() if len(use) == 1 else None for use in uses]
 
     def producer(self, index: int) -> int | None:
         """Return the segment that makes a map; None for inputs and masks."""

@@ -295,20 +295,9 @@ def _alike(one: Map, other: Map) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
-def gradient_norm(program: Program, index: int) -> int | None:
-    """Return the normalisation whose output the gradient of a map is stored for, if there is one.
-
-    A map that is read through one normalisation only keeps the gradient of what comes out of it;
-    what the normalisation makes of it is applied when the producer reads it.
-    """
-    uses = {term.norm for s in program.segments for term in terms_of(s.source) if term.map == index}
-    is_output = ("map", index) in program.outputs
-    return uses.pop() if len(uses) == 1 and not is_output else None
-
-
 def is_unscaled(program: Program, term: Term) -> bool:
     """Return whether the gradient of a term is what the map's gradient buffer holds."""
-    return term.norm == gradient_norm(program, term.map)
+    return term.norm == program.gradient_norms[term.map]
 
 
 def step_flops(program: Program, schedule: Schedule) -> list[float]:

@@ -71,6 +71,8 @@ class _ViewCursor(Cursor):
     def get(self, i: int) -> Tensor:
         strip = self._strips[i]
         view = self._content[strip.image : strip.image_end, :, strip.first : strip.last]
+        if view.dtype == self._dtype and view.is_contiguous(memory_format=torch.channels_last):
+            return view
         return view.to(self._dtype).contiguous(memory_format=torch.channels_last)
 
     def commit(self, i: int) -> None:

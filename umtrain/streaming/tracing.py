@@ -106,11 +106,12 @@ def trace(model: nn.Module) -> Traced:
         ) from error
     traced = fx.GraphModule(model, graph)
     modules = dict(traced.named_modules())
-    stages = _stages(graph, modules)
+    vectors = _vectors(graph, modules)
+    stages = _stages(graph, modules, vectors)
     whole = [
         _describe(node, modules)
         for node, stage in stages.items()
-        if stage % 2 == 1 and node.op != "get_attr"
+        if stage % 2 == 1 and node.op != "get_attr" and node not in vectors
     ]
     parts = split_module(traced, model, lambda node: stages[node], keep_original_order=True)
     streamed = [f"submod_{stage}" for stage in sorted(set(stages.values())) if stage % 2 == 0]
@@ -132,17 +133,25 @@ def _refuse_hooks(model: nn.Module) -> None:
             )
 
 
-def _stages(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, int]:
+def _vectors(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
+    """Return the nodes behind a global pooling: small, and nothing to stream."""
+    vectors: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if _is_global_pooling(node, modules) or (inputs and vectors.issuperset(inputs)):
+            vectors.add(node)
+    return vectors
+
+
+def _stages(
+    graph: fx.Graph, modules: dict[str, nn.Module], vectors: set[fx.Node]
+) -> dict[fx.Node, int]:
     """Number the nodes so that streamed ones are even and edges never go down."""
     stages: dict[fx.Node, int] = {}
-    vectors: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        inputs = node.all_input_nodes
-        reads_vector = any(argument in vectors for argument in inputs)
-        if _is_global_pooling(node, modules) or (inputs and vectors.issuperset(inputs)):
-            vectors.add(node)
+        reads_vector = not vectors.isdisjoint(node.all_input_nodes)
         odd = 0 if is_streamable(node, modules) and not reads_vector else 1
         before = [stages[argument] for argument in node.all_input_nodes if argument in stages]
         stage = max(before, default=0)
