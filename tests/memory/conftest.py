@@ -72,11 +72,12 @@ def train() -> Callable[..., Outcome]:
         *,
         n_steps: int = 5,
         bf16: bool = False,
+        dtype: torch.dtype = torch.float32,
         **options: object,
     ) -> Outcome:
         model = build().train().to(memory_format=torch.channels_last)
         torch.manual_seed(0)
-        batches = [_batch(shape) for _ in range(n_steps)]
+        batches = [_batch(shape).to(dtype) for _ in range(n_steps)]
         strategy = memory.create(name, **options)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         losses = []
@@ -88,7 +89,7 @@ def train() -> Callable[..., Outcome]:
                 with strategy.step():
                     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                         output = prepared(batch)
-                    loss = output.float().square().mean()
+                    loss = output.to(dtype).square().mean()
                     loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())

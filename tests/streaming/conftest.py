@@ -59,7 +59,7 @@ class Both:
 
     def assert_equal(self, tolerance: float = EXACT) -> None:
         # A gradient that is zero but for rounding (a bias before a norm) is judged by the others.
-        least = 1e-4 * max(a.abs().max() for a in self.plain if a is not None)
+        least = max(1e-6, *(1e-4 * a.abs().max() for a in self.plain if a is not None))
         for name, a, b in zip(self.names, self.plain, self.streamed, strict=True):
             assert (a is None) == (b is None), name
             if a is not None:

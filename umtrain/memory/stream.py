@@ -25,7 +25,11 @@ _log = logging.getLogger(__name__)
 
 _ADAM_STATES = 2
 # Rooms, sources and gradients of a segment, and what oneDNN and cuDNN lay out anew.
-_STRIPS_ALIVE = {"cpu": 24, "cuda": 6}
+_STRIPS_ALIVE = {"cpu": 40, "cuda": 6}
+_STRIPS_IN_BUDGET = 256
+# oneDNN compiles a kernel for each operation and height of strips, and keeps them.
+_COMPILED_BYTES = {"cpu": 96 * 2**20, "cuda": 0}
+_LEAST_STRIP_BYTES = {"cpu": 2**20, "cuda": 2**26}
 _SHARE_OF_FREE = 0.85
 
 
@@ -65,11 +69,20 @@ class Stream(Strategy):
 
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         self._model = model
-        settings = Settings(self._arena_bytes, self._host, on_progress=self._report)
+        self._strip_bytes = self._choose_strip_bytes()
+        settings = Settings(self._arena_bytes, self._host, self._strip_bytes, self._report)
         self._streamer = Streamer(model, settings)
         model.forward = self._streamer
         self._cleanup.callback(delattr, model, "forward")
         return model
+
+    def _choose_strip_bytes(self) -> int:
+        """Return the usual size, or less where that would take much of the budget."""
+        device, budget_bytes = self.options.device, self.options.device_budget_bytes
+        if budget_bytes is None:
+            return STRIP_BYTES[device]
+        share = budget_bytes // _STRIPS_IN_BUDGET
+        return min(STRIP_BYTES[device], max(_LEAST_STRIP_BYTES[device], share))
 
     def _report(self, share: float) -> None:
         self.on_progress(share)
@@ -102,7 +115,7 @@ class Stream(Strategy):
 
     def _strips_bytes(self) -> int:
         device = self.options.device
-        return _STRIPS_ALIVE[device] * STRIP_BYTES[device]
+        return _STRIPS_ALIVE[device] * self._strip_bytes + _COMPILED_BYTES[device]
 
     def _least_text(self, error: OutOfMemoryError) -> str:
         budget = self.options.device_budget_bytes or 0

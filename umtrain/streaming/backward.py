@@ -20,7 +20,7 @@ from umtrain.streaming.norms import NormGradient, gradient_of
 from umtrain.streaming.operations import GlobalPooling, Gradients
 from umtrain.streaming.pointwise import Finisher, Sink
 from umtrain.streaming.program import Segment, Term, terms_of
-from umtrain.streaming.rows import Strip, strips
+from umtrain.streaming.rows import Strip, clipped, strips
 from umtrain.streaming.schedule import is_unscaled
 from umtrain.streaming.storage import Cursor, Place, TensorPlace
 
@@ -100,8 +100,9 @@ class Backward:
         following = height
         if strip.last < n_rows:
             following = operation.input_rows(strip.last, strip.last + 1)[0]
-        first, following = max(0, first), max(0, min(height, following))
-        last = max(min(height, last), following)
+        first, last = clipped(first, last, height)
+        following = min(max(first, following), height)
+        last = max(last, following)
         return _Piece(strip, strip.with_rows(first, last), strip.with_rows(first, following))
 
     # The gradient of the output ---------------------------------------------------------------
@@ -208,7 +209,8 @@ class Backward:
         """Cut padding off, add what was carried, and part what is done from what is not."""
         operation = segment.operation
         assert operation is not None
-        above = max(0, piece.read.first - operation.input_rows(piece.out.first, piece.out.last)[0])
+        start = operation.input_rows(piece.out.first, piece.out.last)[0]
+        above = min(dz.shape[2], max(0, piece.read.first - start))
         dz = dz[:, :, above : above + piece.read.n_rows]
         if carry is not None:
             dz[:, :, : carry.shape[2]] += carry

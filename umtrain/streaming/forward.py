@@ -12,7 +12,7 @@ from umtrain.streaming.operations import GlobalPooling, Operation, Weights
 from umtrain.streaming.plan import Plan
 from umtrain.streaming.pointwise import Coefficients, Evaluator, Sums
 from umtrain.streaming.program import Norm, Program, Segment, masks_of, terms_of
-from umtrain.streaming.rows import Strip, strips
+from umtrain.streaming.rows import Strip, clipped, strips
 from umtrain.streaming.schedule import Action, Needs
 from umtrain.streaming.storage import (
     Cursor,
@@ -197,7 +197,7 @@ class Session:
         if strip.image_end - strip.image > 1:
             return strip.with_rows(0, height)  # several images are dense only as a whole
         first, last = segment.operation.input_rows(strip.first, strip.last)
-        return strip.with_rows(max(0, first), min(height, last))
+        return strip.with_rows(*clipped(first, last, height))
 
     def source_cursors(self, segment: Segment, needed: Sequence[Strip]) -> dict[int, Cursor]:
         """Return cursors on the maps and masks that a segment reads."""
@@ -221,7 +221,8 @@ class Session:
         if used < rows.last:
             rows = rows.with_rows(rows.first, used)
             fetched = {i: content[:, :, : rows.n_rows] for i, content in fetched.items()}
-        above, below = max(0, rows.first - first), max(0, last - rows.last)
+        above = min(last - first, max(0, rows.first - first))
+        below = max(0, last - rows.last)
         if isinstance(operation, GlobalPooling) or not (above or below):
             value = self.evaluator.evaluate(segment.source, fetched, strip.image)
             return value.to(segment.source_dtype)

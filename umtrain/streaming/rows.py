@@ -5,6 +5,7 @@ Rows are half-open ranges. Input rows may lie outside the map, where they stand 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -56,12 +57,23 @@ class Enlargement:
         return max(0, start), min(self.n_rows, stop)
 
 
+def clipped(first: int, last: int, n_rows: int) -> tuple[int, int]:
+    """Return what of a range lies in a map; where nothing does, an empty range at its edge."""
+    first = min(max(0, first), n_rows)
+    return first, min(max(first, last), n_rows)
+
+
 def strips(n_images: int, n_rows: int, rows_per_strip: int) -> Iterator[Strip]:
-    """Cut a map into strips of whole rows; small maps go several whole images at a time."""
+    """Cut a map into strips of whole rows; small maps go several whole images at a time.
+
+    Heights differ by a row at most: what is compiled or allocated for one serves the others.
+    """
     if rows_per_strip < n_rows:
+        n_strips = -(-n_rows // rows_per_strip)
+        edges = [n_rows * i // n_strips for i in range(n_strips + 1)]
         for image in range(n_images):
-            for first in range(0, n_rows, rows_per_strip):
-                yield Strip(image, image + 1, first, min(n_rows, first + rows_per_strip))
+            for first, last in pairwise(edges):
+                yield Strip(image, image + 1, first, last)
         return
     images = max(1, rows_per_strip // n_rows)
     for image in range(0, n_images, images):

@@ -143,13 +143,14 @@ class _HostCursor(Cursor):
             for _ in range(min(_ROOMS, len(strips)))
         ]
         self._pending: list[Pending | None] = [None] * len(self._rooms)
-        if reads:
-            self._start_read(0)
+        self._next_read = 0
+        self._read_until(0)
 
     def get(self, i: int) -> Tensor:
+        self._next_read = max(self._next_read, i)  # strips may be left out
+        self._read_until(i)
         self._settle(i)
-        if self._reads and i + 1 < len(self._strips):
-            self._start_read(i + 1)
+        self._read_until(i + 1)
         strip = self._strips[i]
         _, channels, _, columns = self._place.shape
         shape = (strip.image_end - strip.image, channels, strip.n_rows, columns)
@@ -172,6 +173,12 @@ class _HostCursor(Cursor):
         pending, self._pending[position] = self._pending[position], None
         if pending is not None:
             pending.wait()
+
+    def _read_until(self, last: int) -> None:
+        """Begin to read the strips up to `last` that have not been asked for."""
+        while self._reads and self._next_read <= min(last, len(self._strips) - 1):
+            self._start_read(self._next_read)
+            self._next_read += 1
 
     def _start_read(self, i: int) -> None:
         self._settle(i)

@@ -1,0 +1,112 @@
+"""Schedules and plans: lifetimes never overlap in the arena, budgets hold, choices are sensible."""
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from umtrain.streaming.module import program_of
+from umtrain.streaming.plan import NoPlanError, make_plan, place
+from umtrain.streaming.program import Program
+from umtrain.streaming.schedule import Buffer, Needs, groups_of
+from umtrain.streaming.tracing import trace
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Program:
+    traced = trace(torchvision.models.resnet50())
+    part = getattr(traced.parts, traced.streamed[0])
+    return program_of(part, [torch.empty(1, 3, 256, 256)])
+
+
+@pytest.fixture(scope="module")
+def needs(resnet) -> Needs:
+    return Needs(resnet, [False], training=True)
+
+
+buffers = st.lists(
+    st.tuples(st.integers(1, 10**6), st.integers(0, 30), st.integers(0, 10)), max_size=30
+).map(lambda rows: [Buffer("map", size, first, first + n) for size, first, n in rows])
+
+
+@given(buffers)
+def test_buffers_that_live_at_once_never_share_a_byte(made):
+    offsets, end_bytes = place(made, [False] * len(made))
+    for i, one in enumerate(made):
+        assert offsets[i] + one.n_bytes <= end_bytes
+        for j in range(i):
+            other = made[j]
+            if one.first <= other.last and other.first <= one.last:
+                apart = offsets[i] + one.n_bytes <= offsets[j]
+                assert apart or offsets[j] + other.n_bytes <= offsets[i]
+
+
+@given(buffers)
+def test_what_is_put_out_has_no_place_in_the_arena(made):
+    offsets, end_bytes = place(made, [True] * len(made))
+    assert offsets == [None] * len(made)
+    assert end_bytes == 0
+
+
+def test_everything_is_kept_where_it_fits(resnet, needs):
+    plan = make_plan(resnet, needs, None, can_use_host=True)
+    assert plan.n_groups_again == 0
+    assert plan.host_bytes == 0
+
+
+def test_a_smaller_budget_is_kept_and_costs_work_or_traffic(resnet, needs):
+    whole = make_plan(resnet, needs, None, can_use_host=True)
+    for share in (0.7, 0.4, 0.2, 0.05):
+        budget_bytes = int(share * whole.arena_bytes)
+        plan = make_plan(resnet, needs, budget_bytes, can_use_host=True)
+        assert plan.arena_bytes <= budget_bytes
+        assert plan.n_groups_again > 0 or plan.host_bytes > 0
+
+
+def test_without_host_memory_the_least_budget_is_named_and_works(resnet, needs):
+    with pytest.raises(NoPlanError, match="at least") as refused:
+        make_plan(resnet, needs, 2**20, can_use_host=False)
+    least = 2**20 + refused.value.missing_bytes
+    assert make_plan(resnet, needs, least, can_use_host=False).arena_bytes <= least
+
+
+def test_groups_are_whole_and_in_order(resnet):
+    groups = groups_of(resnet)
+    assert [i for group in groups for i in group] == list(range(len(resnet.segments)))
+    assert len(groups) > 16  # a ResNet-50 has sixteen blocks and a stem
+
+
+def test_a_gradient_passes_through_a_sum_without_a_copy(resnet, needs):
+    plan = make_plan(resnet, needs, None, can_use_host=True)
+    gradient = plan.schedule.gradient
+    sums = [s for s in resnet.segments if s.operation is None]
+    shared = [s for s in sums if len({gradient[i] for i in (s.out, *s.sources)}) == 1]
+    assert len(shared) == len(sums)
+
+
+def test_no_gradient_is_planned_for_what_is_frozen():
+    network = torchvision.models.resnet18().requires_grad_(False)
+    network.layer4.requires_grad_(True)
+    traced = trace(network)
+    part = getattr(traced.parts, traced.streamed[0])
+    program = program_of(part, [torch.empty(1, 3, 64, 64)])
+    needs = Needs(program, [False], training=True)
+    names = [program.segments[i].name for i, run in enumerate(needs.backward) if run]
+    assert names
+    assert all(name.startswith("layer4") or "pool" in name for name in names)
+
+
+def test_without_gradients_maps_die_at_their_last_reader(resnet):
+    forward_only = Needs(resnet, [False], training=False)
+    plan = make_plan(resnet, forward_only, None, can_use_host=False)
+    training = make_plan(resnet, Needs(resnet, [False], True), None, can_use_host=False)
+    assert plan.arena_bytes < training.arena_bytes / 3
+
+
+def test_a_norm_after_a_norm_has_a_map_of_its_own():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU())
+    traced = trace(network)
+    program = program_of(getattr(traced.parts, traced.streamed[0]), [torch.empty(1, 3, 8, 8)])
+    assert [norm.map for norm in program.norms] == [1, 2]
