@@ -8,7 +8,8 @@ import torchvision
 from torch import nn
 
 from umtrain.errors import ConfigError
-from umtrain.streaming.module import Settings, Streamer
+from umtrain.streaming.module import Streamer
+from umtrain.streaming.running import Settings
 
 
 @pytest.fixture

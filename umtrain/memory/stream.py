@@ -18,7 +18,8 @@ from umtrain.memory.budget import DeviceBudget
 from umtrain.memory.options import Options
 from umtrain.memory.stream_host import FileHost, PinnedHost
 from umtrain.memory.tensors import batch_arguments, model_bytes
-from umtrain.streaming.module import STRIP_BYTES, Settings, Streamer
+from umtrain.streaming.module import STRIP_BYTES, Streamer
+from umtrain.streaming.running import Settings
 from umtrain.units import format_bytes
 
 _log = logging.getLogger(__name__)

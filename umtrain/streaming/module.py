@@ -7,10 +7,8 @@
 """
 
 import logging
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,34 +16,19 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import once_differentiable
 
-from umtrain.streaming.backward import Backward
 from umtrain.streaming.building import build
-from umtrain.streaming.forward import Compiled, Session
+from umtrain.streaming.forward import Compiled
 from umtrain.streaming.kernels import create_kernels
 from umtrain.streaming.plan import Plan, make_plan
 from umtrain.streaming.program import Program
-from umtrain.streaming.schedule import Needs, step_flops
-from umtrain.streaming.storage import HostMemory
+from umtrain.streaming.running import Arenas, Ready, Settings
+from umtrain.streaming.schedule import Needs
 from umtrain.streaming.tracing import Traced, trace
 
 _log = logging.getLogger(__name__)
 
 # The cache of a processor; on a GPU, what keeps launches from being the larger part.
 STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}
-
-
-@dataclass
-class Settings:
-    """How to stream: what the arena may take (None: keep everything), host memory, strips.
-
-    The budget is asked for when a part first sees a kind of input. `on_progress` is told the
-    share of a step's work that is done, from 0 to 1.
-    """
-
-    budget_bytes: Callable[[], int | None] = lambda: None
-    host: HostMemory | None = None
-    strip_bytes: int | None = None
-    on_progress: Callable[[float], None] = lambda share: None
 
 
 class Streamer:
@@ -58,7 +41,7 @@ class Streamer:
         self._module, self._settings = module, settings
         self._traced: dict[tuple[bool, ...], _Parts] = {}
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self._arenas = _Arenas(device)
+        self._arenas = Arenas(device)
         self._told: set[str] = set()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -97,7 +80,7 @@ class Streamer:
 class _Parts:
     """A traced module, with its streamed parts put in the place of the originals."""
 
-    def __init__(self, traced: Traced, settings: Settings, arenas: "_Arenas") -> None:
+    def __init__(self, traced: Traced, settings: Settings, arenas: Arenas) -> None:
         self.parts = traced.parts
         self.streamed: list[_Part] = []
         for name in traced.streamed:
@@ -108,11 +91,11 @@ class _Parts:
 class _Part(nn.Module):
     """One streamed part; compiled anew for each kind of input."""
 
-    def __init__(self, original: fx.GraphModule, settings: Settings, arenas: "_Arenas") -> None:
+    def __init__(self, original: fx.GraphModule, settings: Settings, arenas: Arenas) -> None:
         super().__init__()
         self._original = [original]  # in a list: its parameters are the model's, not this part's
         self._settings, self._arenas, self._device = settings, arenas, arenas.device
-        self.compiled: dict[Any, _Ready] = {}
+        self.compiled: dict[Any, Ready] = {}
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the part; fake tensors are given fake ones."""
@@ -133,7 +116,7 @@ class _Part(nn.Module):
         wanted = tuple(p.requires_grad for p in self._original[0].parameters())
         return like, autocast, torch.is_grad_enabled(), wanted
 
-    def _compile(self, inputs: Sequence[Tensor]) -> "_Ready":
+    def _compile(self, inputs: Sequence[Tensor]) -> Ready:
         program = program_of(self._original[0], inputs)
         needs = Needs(program, [x.requires_grad for x in inputs], torch.is_grad_enabled())
         settings = self._settings
@@ -141,7 +124,7 @@ class _Part(nn.Module):
         strip_bytes = settings.strip_bytes or STRIP_BYTES[self._device.type]
         kernels = create_kernels(self._device)
         compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes)
-        return _Ready(compiled, settings, program.parameters(), self._arenas)
+        return Ready(compiled, settings, program.parameters(), self._arenas)
 
 
 def program_of(part: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
@@ -152,101 +135,31 @@ def program_of(part: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
         return build(part, fakes)
 
 
-class _Arenas:
-    """The arenas of a module's steps: one, as long as one session is alive at a time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._free: list[Tensor] = []
-
-    def take(self, n_bytes: int) -> Tensor:
-        """Return an arena of at least `n_bytes`; smaller ones that are free go."""
-        if not any(arena.nbytes >= n_bytes for arena in self._free):
-            self._free.clear()
-            return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
-        return self._free.pop(next(i for i, a in enumerate(self._free) if a.nbytes >= n_bytes))
-
-    def give_back(self, arena: Tensor) -> None:
-        """Let the next session have it."""
-        self._free.append(arena)
-
-
-@dataclass
-class _Ready:
-    """A compiled part, ready for steps."""
-
-    compiled: Compiled
-    settings: Settings
-    parameters: list[nn.Parameter]
-    arenas: _Arenas
-
-    def like_outputs(self) -> list[Tensor]:
-        """Return empty tensors with the outputs' shapes."""
-        program, device = self.compiled.program, self.compiled.device
-        wanted = any(self.compiled.needs.backward)
-        outputs = []
-        for kind, index in program.outputs:
-            a_map = program.maps[index]
-            shape, dtype = program.pooled[index] if kind == "pooled" else (a_map.shape, a_map.dtype)
-            outputs.append(torch.empty(shape, dtype=dtype, device=device, requires_grad=wanted))
-        return outputs
-
-    def start(self, inputs: Sequence[Tensor]) -> Session:
-        """Return a session in an arena of its own, which is free again when the session ends."""
-        arena = self.arenas.take(self.compiled.plan.arena_bytes)
-        progress = self._progress_of_actions()
-        session = Session(self.compiled, arena, self.settings.host, inputs, progress)
-        weakref.finalize(session, self.arenas.give_back, arena).atexit = False
-        return session
-
-    def _progress_of_actions(self) -> Callable[[int], None]:
-        costs = step_flops(self.compiled.program, self.compiled.plan.schedule)
-        total = sum(costs) or 1.0
-        done = 0.0
-
-        def report(action: int) -> None:
-            nonlocal done
-            done += costs[action]
-            self.settings.on_progress(min(1.0, done / total))
-
-        return report
-
-
 class _Streamed(torch.autograd.Function):
     """See Note: [What autograd sees]."""
 
     @staticmethod
-    def forward(ctx: Any, ready: _Ready, n_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, ready: Ready, n_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = [x.detach() for x in tensors[:n_inputs]]
         with torch.no_grad(), _without_autocast(ready.compiled.device):
-            session = ready.start(inputs)
-            outputs = session.forward()
-        ctx.session = session if any(ready.compiled.needs.backward) else None
-        ctx.ready, ctx.n_inputs = ready, n_inputs
+            step = ready.new_step()
+            outputs = step.forward(inputs)
+        ctx.step = step if any(ready.compiled.needs.backward) else None
+        ctx.device = ready.compiled.device
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        session, ctx.session = ctx.session, None
-        if session is None:
+        step, ctx.step = ctx.step, None
+        if step is None:
             raise RuntimeError(
                 "memory=stream: backward a second time through the same forward pass; its feature "
                 "maps are gone (retain_graph has no effect)"
             )
-        ready: _Ready = ctx.ready
-        with torch.no_grad(), _without_autocast(ready.compiled.device):
-            run = Backward(session, given)
-            run.run(session.progress)
-        inputs = [run.inputs.get(index) for index in ready.compiled.program.inputs]
-        learned = [_like(run.parameters.get(id(p)), p) for p in ready.parameters]
+        with torch.no_grad(), _without_autocast(ctx.device):
+            inputs, learned = step.backward(given)
         return (None, None, *inputs, *learned)
-
-
-def _like(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
-    if gradient is None or not parameter.requires_grad:
-        return None
-    return gradient.to(parameter.dtype).view_as(parameter)
 
 
 def _without_autocast(device: torch.device) -> Any:
