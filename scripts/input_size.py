@@ -3,10 +3,12 @@
 Why: a table of AUC and millimetres does not show what the network saw. Beside each resolution's
 score this draws the same spot as the network is given it: a nest of large nuclei (a positive
 slide), its lookalike (a cluster of lymphocytes on a negative slide) and C7 on a radiograph.
-Method: reads summary.json of both sweeps and the images their manifests name; nothing is trained.
+Method: reads summary.json of both sweeps, or a summary that an earlier call kept, and the images of
+their manifests, or the same demo data made again; nothing is trained.
 Output: a PNG, the two summaries beside it as JSON, and one JSON line with what was drawn.
 
 Usage: python scripts/input_size.py WSI_SWEEP SPINE_SWEEP OUT_FOLDER
+A sweep is its folder, or a JSON file that this script has written.
 """
 
 import json
@@ -17,8 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from umtrain.data.demo import demo_manifest
 from umtrain.data.frame import apply_letterbox, network_width_px, plan_letterbox, transform
-from umtrain.data.manifest import Radiograph, Slide, read_manifest
+from umtrain.data.manifest import Kind, Manifest, Radiograph, Slide, read_manifest
 from umtrain.data.radiograph import read_radiograph
 from umtrain.data.wsi import read_slide
 from umtrain.files import write_json
@@ -27,7 +30,7 @@ from umtrain.report.record import Record, figure
 CANCER = 2
 MASK_DOWNSAMPLE = 16
 SLIDE_WINDOW_PX = 150
-FILM_WINDOW_PX = 420
+FILM_WINDOW_HEIGHT = 0.105  # of the film's
 
 
 def nest_centre(slide: Slide) -> tuple[float, float]:
@@ -51,7 +54,7 @@ def film_crop(film: Radiograph, res: int) -> np.ndarray:
     stored = read_radiograph(film.path).pixels
     box = plan_letterbox(stored.shape, res, network_width_px(res, 0.5))
     (x, y) = transform(np.array([[film.c7_x, film.c7_y]]), box.to_network)[0]
-    return window(apply_letterbox(stored, box), x, y, FILM_WINDOW_PX * box.to_network[0, 0])
+    return window(apply_letterbox(stored, box), x, y, FILM_WINDOW_HEIGHT * res)
 
 
 def window(pixels: np.ndarray, x: float, y: float, side_px: float) -> np.ndarray:
@@ -61,12 +64,32 @@ def window(pixels: np.ndarray, x: float, y: float, side_px: float) -> np.ndarray
     return pixels[top : top + 2 * half, left : left + 2 * half]
 
 
+def read_sweep(source: Path) -> list[Record]:
+    """Return the records of a sweep's folder or of a kept summary."""
+    path = source / "summary.json" if source.is_dir() else source
+    records: list[Record] = json.loads(path.read_text())
+    return records
+
+
+def images(records: list[Record], kind: Kind) -> Manifest:
+    """Return the manifest that the sweep used; exit unless its content is still the same."""
+    data = records[0]["data"]
+    largest = max(record["res"] for record in records)
+    path = data["manifest"] or demo_manifest(
+        kind, largest, lambda text: print(text, file=sys.stderr)
+    )
+    manifest = read_manifest(Path(path), kind)
+    if manifest.sha256 != data["manifest_sha256"]:
+        sys.exit(f"{path} is not the data of the {kind} sweep: run the sweep again")
+    return manifest
+
+
 def draw(wsi: list[Record], spine: list[Record], path: Path) -> None:
     """Draw the picture of both sweeps to `path`."""
-    slides = read_manifest(wsi[0]["data"]["manifest"], "wsi").split("test")
+    slides = images(wsi, "wsi").split("test")
     positive = next(s for s in slides if s.label == wsi[0]["data"]["positive"])
     nest = nest_centre(positive)
-    films = read_manifest(spine[0]["data"]["manifest"], "spine").split("test")
+    films = images(spine, "spine").split("test")
     canvas = Figure(figsize=(12, 5.2), layout="constrained")
     grid = canvas.add_gridspec(2, 6)
     for column, record in enumerate(wsi[:4]):
@@ -102,9 +125,8 @@ def main() -> None:
         sys.exit(__doc__)
     folder = Path(sys.argv[3])
     folder.mkdir(parents=True, exist_ok=True)
-    sweeps = {}
-    for name, source in zip(("wsi", "spine"), sys.argv[1:3], strict=True):
-        sweeps[name] = json.loads((Path(source) / "summary.json").read_text())
+    sources = zip(("wsi", "spine"), sys.argv[1:3], strict=True)
+    sweeps = {name: read_sweep(Path(source)) for name, source in sources}
     draw(sweeps["wsi"], sweeps["spine"], folder / "input_size.png")
     for name, records in sweeps.items():
         public = [{**r, "data": {**r["data"], "manifest": None}} for r in records]

@@ -13,7 +13,7 @@ from umtrain.arguments import parse_arguments
 from umtrain.console import Console
 from umtrain.data import importers
 from umtrain.data.check import CheckReport, check_manifest
-from umtrain.data.demo import RADIOGRAPH_SIZE_PX, SLIDE_SIZE_PX
+from umtrain.data.demo import LARGE_RADIOGRAPH_SIZE_PX, SLIDE_SIZE_PX
 from umtrain.data.manifest import Kind
 from umtrain.data.synthetic.radiographs import make_radiographs
 from umtrain.data.synthetic.slides import make_slides
@@ -23,7 +23,7 @@ from umtrain.errors import ConfigError, DataError
 _KINDS = ("wsi", "spine")
 _Make = Callable[[Path, int, int, int, Callable[[int, int], None] | None, int], Path]
 _MAKERS: dict[str, _Make] = {"wsi": make_slides, "spine": make_radiographs}
-_SIZES_PX = {"wsi": SLIDE_SIZE_PX, "spine": RADIOGRAPH_SIZE_PX}
+_SIZES_PX = {"wsi": SLIDE_SIZE_PX, "spine": LARGE_RADIOGRAPH_SIZE_PX}
 _DEFAULT_N = 24
 EXIT_PROBLEMS = 2
 

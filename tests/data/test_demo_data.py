@@ -4,6 +4,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from umtrain.data import demo
 from umtrain.data.demo import DemoSpec, cache_folder, demo_manifest, demo_spec, ensure_demo
 from umtrain.data.manifest import read_manifest
+from umtrain.data.synthetic.radiographs import plan_radiographs
 from umtrain.errors import DataError
 
 # One image is made without further processes, which keeps these tests quick.
@@ -150,8 +152,17 @@ def test_demo_slides_are_at_least_as_large_as_the_input(res):
     assert spec.size_px == demo.SLIDE_SIZE_PX or (spec.n == 12 and spec.size_px < res + 1024)
 
 
-def test_demo_radiographs_are_as_large_as_real_ones():
-    assert demo_spec("spine", 512) == DemoSpec("spine", demo.N_RADIOGRAPHS, 4000)
+@pytest.mark.parametrize(("least", "most", "rows"), [(128, 2048, 2048), (2112, 8192, 4000)])
+def test_demo_radiographs_are_one_set_for_all_common_inputs_and_real_films_above(least, most, rows):
+    specs = {demo_spec("spine", res) for res in (least, most)}
+    assert {spec.size_px for spec in specs} == {rows}
+    assert len(specs) == 1
+
+
+def test_a_tenth_of_the_demo_radiographs_is_enough_to_tell_resolutions_apart():
+    spec = demo_spec("spine", 1024)
+    splits = Counter(film.split for film in plan_radiographs(spec.n, spec.seed))
+    assert min(splits["val"], splits["test"]) >= 30
 
 
 def test_a_job_that_has_to_wait_says_so(tmp_path):

@@ -150,3 +150,12 @@ def test_resunet_learns_keypoints_from_scratch_at_batch_1() -> None:
     with torch.no_grad():
         error_px = (decode(model.eval()(unseen), HEATMAP_STRIDE) - true).norm(dim=-1)
     assert error_px.median() < 2
+
+
+def test_autocast_does_not_coarsen_the_positions():
+    keypoints = torch.tensor([[[401.3, 700.7], [255.6, 33.2]]])
+    logits = target_heatmaps(keypoints, (512, 256), 2).clamp(min=1e-30).log()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decode(logits, 2)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, keypoints, atol=0.05, rtol=0)

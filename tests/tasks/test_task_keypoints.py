@@ -12,8 +12,15 @@ from umtrain.models.resunet35 import HEATMAP_STRIDE
 
 @pytest.fixture
 def task(radiographs):
+    return _task(radiographs, "batch_size=4")
+
+
+def _task(radiographs, *overrides):
     config = load_config(
-        ["dataset=spine", "res=256", f"dataset.manifest={radiographs}", "dataset.workers=0"]
+        [
+            *("dataset=spine", "res=256", f"dataset.manifest={radiographs}"),
+            *("dataset.workers=0", *overrides),
+        ]
     )
     config = dataclasses.replace(config, device="cpu", precision="fp32")
     return tasks.create(config, read_manifest(radiographs, "spine"))
@@ -43,6 +50,18 @@ def test_each_film_is_normalised_by_itself(task):
         deviation, mean = torch.std_mean(film)
         assert mean.item() == pytest.approx(0, abs=1e-4)
         assert deviation.item() == pytest.approx(1, abs=1e-3)
+
+
+# Note: [Batch size 1] in umtrain/models/norm.py
+def test_by_default_a_film_is_evaluated_with_the_statistics_it_was_trained_with(radiographs):
+    task = _task(radiographs)
+    torch.manual_seed(0)
+    model = task.create_model()
+    batch = next(iter(task.loader("train", training=False)))
+    inputs = task.inputs(batch, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        trained = model.train()(inputs)
+        torch.testing.assert_close(model.eval()(inputs), trained)
 
 
 def test_the_smaller_error_is_the_better_score(task):

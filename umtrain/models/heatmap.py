@@ -99,7 +99,10 @@ def _mean_position(probability: Tensor) -> Tensor:
     rows, columns = probability.shape[-2:]
     x = torch.arange(columns, dtype=probability.dtype, device=probability.device)
     y = torch.arange(rows, dtype=probability.dtype, device=probability.device)
-    return torch.stack([probability.sum(dim=-2) @ x, probability.sum(dim=-1) @ y], dim=-1)
+    # No matrix product: autocast would round the positions to bf16, 2 pixels in 256.
+    mean_x = (probability.sum(dim=-2) * x).sum(dim=-1)
+    mean_y = (probability.sum(dim=-1) * y).sum(dim=-1)
+    return torch.stack([mean_x, mean_y], dim=-1)
 
 
 def _image_frame(heatmap_xy: Tensor, stride: int) -> Tensor:

@@ -5,6 +5,9 @@ In training, batch normalisation normalises with the statistics of the batch; in
 running averages of them. With many images in a batch the two are nearly the same. With one image
 they are not: every image was trained on with its own statistics, and its blackening, stain or
 share of background makes them unlike the average. Such a model trains well and evaluates badly.
+Seen on radiographs: of 160 training films one, with a wide white border on all four sides, had its
+sacrum placed more than half of its 512 rows off by running statistics, at batch sizes 1, 2 and 4
+alike, and within 4 pixels by its own.
 
 Three ways to make training and evaluation agree, chosen by `model.norm`:
 
