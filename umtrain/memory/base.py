@@ -46,9 +46,9 @@ class Strategy(ABC):
         Raises DeviceError where the host tier has not the room.
         """
         prepared = self._attach(model, sample_batch)
-        self._meter.mark_base(model)
         self._budget = self._enforce_budget(model)
         self._cleanup.callback(self._budget.lift)
+        self._meter.mark_base(model)
         return prepared
 
     @contextmanager
