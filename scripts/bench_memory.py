@@ -1,22 +1,24 @@
 """The talk's table: images/s by resolution and memory strategy, with peak memory.
 
 Modes:
-  table      rows 256, 512, 768, 1024; columns LMS, vanilla UM, grouping (B), grouping (E),
-             + prefetch, checkpoint, vanilla. JSON and PNG beside it.
+  table      rows 256, 512, 768, 1024; columns vDNN, LMS, vanilla UM, grouping (B),
+             grouping (E), + prefetch, checkpoint, vanilla. JSON and PNG beside it.
   smallest   the smallest device budget, to 16 MiB, under which each strategy still runs a step.
   paging     um against um_group_prefetch under one device budget that makes both page to disk,
              and, with --cgroup DIR (a memory cgroup that you may write to), under a hard limit.
   allocator  vanilla with freed buffers recycled, as glibc does, and given back.
 
-Method: each cell is a process of its own, run in turn; warm-up steps are left out; images/s
-is the mean over steps ± their standard deviation. A synthetic batch stays in memory, so nothing
-but the step is measured. Cells that run out of memory say OOM. Prints a table; the last line of
-output is one JSON document.
+Method: each cell is a process of its own; warm-up steps are left out; images/s is the mean over
+steps ± their standard deviation. Strategies take turns, in rounds that start at another one each
+time, and are compared within a round, so that what else the machine does falls on all of them. A
+synthetic batch stays in memory, so nothing but the step is measured. Cells that run out of memory
+say OOM. Prints a table; the last line of output is one JSON document.
 """
 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ import time
 from pathlib import Path
 
 COLUMNS = {
+    "vDNN": ("vdnn", {}),
     "LMS": ("lms", {}),
     "vanilla UM": ("um", {}),
     "grouping (B)": ("um_group", {"grouping": "blocks"}),
@@ -84,8 +87,12 @@ def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
 
 def rates_of(times_s: list[float], batch_size: int) -> dict[str, object]:
     rates = [batch_size / step_s for step_s in times_s]
-    deviation = statistics.stdev(rates) if len(rates) > 1 else None
-    return {"images_per_s": {"mean": statistics.mean(rates), "std": deviation, "n": len(rates)}}
+    return {"images_per_s": spread(rates), "rates": rates}
+
+
+def spread(values: list[float]) -> dict[str, object]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": deviation, "n": len(values)}
 
 
 def figures_of(strategy: object) -> dict[str, object]:
@@ -99,11 +106,12 @@ def in_process_of_its_own(
 ) -> dict[str, object]:
     """Run one cell in a fresh process; a process that the system kills is out of memory."""
     values = vars(arguments) | changes
-    command = [*prefix, sys.executable, __file__, "cell"]
+    command = [*prefix, *shlex.split(arguments.prefix), sys.executable, __file__, "cell"]
     for key in (
         "strategy",
         "res",
         "steps",
+        "warm_up",
         "batch_size",
         "model",
         "precision",
@@ -127,17 +135,63 @@ def budget_options(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def table(arguments: argparse.Namespace) -> dict[str, object]:
-    rows = []
+    document = {"mode": "table", "rounds": arguments.rounds, **machine(arguments)}
+    document["rows"] = rows_of_other_resolutions(arguments)
     for res in arguments.resolutions:
-        for column, (strategy, options) in COLUMNS.items():
+        cells = measure_in_turn(arguments, res)
+        for column in COLUMNS:
+            row = {"res": res, "column": column, "memory": COLUMNS[column][0]}
+            document["rows"].append(row | united(cells[column], cells["vanilla"]))
+        document["rows"].sort(key=lambda row: row["res"])
+        write(document, arguments.out)
+    return document
+
+
+def rows_of_other_resolutions(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Return the rows that an earlier run left in --out: a table may be measured in parts."""
+    if arguments.out is None or not arguments.out.with_suffix(".json").exists():
+        return []
+    before = json.loads(arguments.out.with_suffix(".json").read_text())
+    same = ("model", "precision", "batch_size", "device", "device_budget", "threads", "torch")
+    if any(before[key] != value for key, value in machine(arguments).items() if key in same):
+        sys.exit(f"--out {arguments.out}: holds a table of other settings; name another file")
+    return [row for row in before["rows"] if row["res"] not in arguments.resolutions]
+
+
+def measure_in_turn(arguments: argparse.Namespace, res: int) -> dict[str, list[dict[str, object]]]:
+    """Return each column's cells, one a round."""
+    cells: dict[str, list[dict[str, object]]] = {column: [] for column in COLUMNS}
+    names = list(COLUMNS)
+    for turn in range(arguments.rounds):
+        first = turn * len(names) // arguments.rounds
+        for column in names[first:] + names[:first]:
+            strategy, options = COLUMNS[column]
             cell = in_process_of_its_own(
                 arguments, strategy=strategy, res=res, options=options | budget_options(arguments)
             )
-            rows.append({"res": res, "column": column, **cell})
+            cells[column].append(cell)
             print(f"{res:5} {column:13} {cell_text(cell)}", flush=True)
-    document = {"mode": "table", **machine(arguments), "rows": rows}
-    write(document, arguments.out)
-    return document
+    return cells
+
+
+def united(cells: list[dict[str, object]], vanilla: list[dict[str, object]]) -> dict[str, object]:
+    """Return one row of all rounds; the first round that failed stands for its column."""
+    failed = next((cell for cell in cells if cell["status"] != "ok"), None)
+    if failed is not None:
+        return failed
+    return {
+        "status": "ok",
+        "images_per_s": spread([rate for cell in cells for rate in cell["rates"]]),
+        "over_vanilla": ratios_of(cells, vanilla),
+        "memory_use": cells[-1]["memory_use"],
+    }
+
+
+def ratios_of(cells: list[dict[str, object]], others: list[dict[str, object]]) -> dict[str, object]:
+    """Return how much faster `cells` are than `others`, round by round, and the median."""
+    pairs = zip(cells, others, strict=True)
+    ratios = [rate_of(a) / rate_of(b) for a, b in pairs if rate_of(b)]
+    return {"median": statistics.median(ratios) if ratios else None, "rounds": ratios}
 
 
 def cell_text(cell: dict[str, object]) -> str:
@@ -191,11 +245,9 @@ def paging(arguments: argparse.Namespace) -> dict[str, object]:
             cell = in_process_of_its_own(arguments, prefix, strategy=strategy, options=options)
             cells.append(cell)
             print(f"{strategy:18} {cell_text(cell)}", flush=True)
-    ratios = [rate_of(b) / rate_of(a) for a, b in zip(*sides.values(), strict=True) if rate_of(a)]
-    ratio = statistics.median(ratios) if ratios else None
     document = {
         "mode": "paging",
-        "prefetch_over_um": {"median": ratio, "rounds": ratios},
+        "prefetch_over_um": ratios_of(sides["um_group_prefetch"], sides["um"]),
         **machine(arguments),
         "cells": sides,
     }
@@ -259,21 +311,55 @@ def draw(document: dict[str, object], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
-    rows = [row for row in document["rows"] if row["status"] == "ok"]
-    for column in COLUMNS:
-        points = [(r["res"], r["images_per_s"]) for r in rows if r["column"] == column]
-        if points:
-            resolutions, rates = zip(*points, strict=True)
-            errors = [rate["std"] or 0.0 for rate in rates]
-            means = [rate["mean"] for rate in rates]
-            axes.errorbar(resolutions, means, errors, marker="o", capsize=3, label=column)
-    axes.set_xlabel("resolution, px")
-    axes.set_ylabel("images/s")
-    axes.set_yscale("log")
-    axes.set_title(f"{document['model']}, {document['precision']}, {document['machine']}")
-    axes.legend()
+    figure, (speed, memory_use) = plt.subplots(
+        2, 1, figsize=(11, 7), sharex=True, constrained_layout=True
+    )
+    rows = document["rows"]
+    resolutions = list(dict.fromkeys(row["res"] for row in rows))
+    width = 0.9 / len(COLUMNS)
+    for index, column in enumerate(COLUMNS):
+        own = {row["res"]: row for row in rows if row["column"] == column}
+        places = [p - 0.45 + (index + 0.5) * width for p in range(len(resolutions))]
+        draw_column(speed, memory_use, [own[res] for res in resolutions], places, width)
+    speed.set_yscale("log")
+    speed.set_ylabel("images/s")
+    speed.tick_params(labelbottom=False)
+    memory_use.set_ylabel("peak memory, GiB\n(pale: swapped or mapped)")
+    memory_use.set_xticks(range(len(resolutions)), [f"{res} px" for res in resolutions])
+    budget = document["device_budget"] or "all there is"
+    speed.set_title(
+        f"{document['model']}, {document['precision']}, batch {document['batch_size']}, "
+        f"device budget: {budget} ({document['machine']})"
+    )
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_column(
+    speed: object,
+    memory_use: object,
+    rows: list[dict[str, object]],
+    places: list[float],
+    width: float,
+) -> None:
+    """Draw one strategy's bars; what did not fit says OOM."""
+    pairs = list(zip(places, rows, strict=True))
+    fitting = [(place, row) for place, row in pairs if row["status"] == "ok"]
+    at = [place for place, _ in fitting]
+    rates = [row["images_per_s"] for _, row in fitting]
+    uses = [row["memory_use"] for _, row in fitting]
+    means, errors = [r["mean"] for r in rates], [r["std"] or 0.0 for r in rates]
+    colour = f"C{list(COLUMNS).index(rows[0]['column'])}"
+    label = rows[0]["column"]
+    speed.bar(at, means, width, yerr=errors, color=colour, label=label, error_kw={"lw": 0.8})
+    device = [use["device_peak_bytes"] / 2**30 for use in uses]
+    memory_use.bar(at, device, width, color=colour)
+    host = [use["host_peak_bytes"] / 2**30 for use in uses]
+    memory_use.bar(at, host, width, bottom=device, color=colour, alpha=0.35)
+    for place, row in pairs:
+        if row["status"] != "ok":
+            speed.text(place, speed.get_ylim()[0], row["status"].upper(), rotation=90, ha="center")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -283,9 +369,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("mode", choices=("table", "smallest", "paging", "allocator", "cell"))
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 768, 1024])
     parser.add_argument("--res", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=2, help="steps left out")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=3, help="steps left out")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--prefix", default="", help="command that starts each cell, e.g. 'taskset -c 0,1'"
+    )
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
