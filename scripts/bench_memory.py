@@ -3,9 +3,11 @@
 Modes:
   table      rows 256, 512, 768, 1024; columns vDNN, LMS, vanilla UM, grouping (B),
              grouping (E), + prefetch, checkpoint, vanilla. JSON and PNG beside it.
+  compare    LMS and + prefetch against vanilla, all three alive and taking turns step by step.
   smallest   the smallest device budget, to 16 MiB, under which each strategy still runs a step.
   paging     um against um_group_prefetch under one device budget that makes both page to disk,
              and, with --cgroup DIR (a memory cgroup that you may write to), under a hard limit.
+  timelines  what lms, um and um_group_prefetch move when, one below the other: --out PNG.
   allocator  vanilla with freed buffers recycled, as glibc does, and given back.
 
 Method: each cell is a process of its own; warm-up steps are left out; images/s is the mean over
@@ -22,7 +24,9 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 COLUMNS = {
@@ -35,6 +39,7 @@ COLUMNS = {
     "checkpoint": ("checkpoint", {}),
     "vanilla": ("vanilla", {}),
 }
+COMPARED = ("vanilla", "lms", "um_group_prefetch")
 SMALLEST_STEP_BYTES = 16 * 2**20
 
 
@@ -63,7 +68,7 @@ def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
     try:
         with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
             strategy.prepare(model, batch)
-        for _ in range(arguments.warm_up + arguments.steps):
+        for _ in turns(arguments):
             start_s = time.perf_counter()
             optimizer.zero_grad()
             with strategy.step():
@@ -83,6 +88,16 @@ def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
         **rates_of(times_s[arguments.warm_up :], arguments.batch_size),
         **figures_of(strategy),
     }
+
+
+def turns(arguments: argparse.Namespace) -> Iterator[None]:
+    """Yield once a step: at once, or as the parent gives the turn and is told when it is over."""
+    for _ in range(arguments.warm_up + arguments.steps):
+        if arguments.waits:
+            sys.stdin.readline()
+        yield
+        if arguments.waits:
+            print("done", flush=True)
 
 
 def rates_of(times_s: list[float], batch_size: int) -> dict[str, object]:
@@ -105,6 +120,18 @@ def in_process_of_its_own(
     arguments: argparse.Namespace, prefix: tuple[str, ...] = (), **changes: object
 ) -> dict[str, object]:
     """Run one cell in a fresh process; a process that the system kills is out of memory."""
+    command = cell_command(arguments, prefix, **changes)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode < 0:
+        return {"status": "oom", "why": f"the process ended by signal {-done.returncode}"}
+    return {"status": "failed", "why": done.stderr.strip().splitlines()[-1]}
+
+
+def cell_command(
+    arguments: argparse.Namespace, prefix: tuple[str, ...] = (), **changes: object
+) -> list[str]:
     values = vars(arguments) | changes
     command = [*prefix, *shlex.split(arguments.prefix), sys.executable, __file__, "cell"]
     for key in (
@@ -121,13 +148,7 @@ def in_process_of_its_own(
         command += [f"--{key.replace('_', '-')}", str(values[key])]
     command += ["--freed-buffers", str(values["freed_buffers"])]
     options = values.get("options", {})
-    command += ["--options", json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode < 0:
-        return {"status": "oom", "why": f"the process ended by signal {-done.returncode}"}
-    return {"status": "failed", "why": done.stderr.strip().splitlines()[-1]}
+    return [*command, "--options", json.dumps(options)]
 
 
 def budget_options(arguments: argparse.Namespace) -> dict[str, object]:
@@ -204,6 +225,38 @@ def cell_text(cell: dict[str, object]) -> str:
     return f"{rate['mean']:.3f}{deviation} images/s, device {peak:.2f} GiB, host {host:.2f} GiB"
 
 
+def compare(arguments: argparse.Namespace) -> dict[str, object]:
+    """Let processes that are all alive train one step each in turn: load falls on all alike."""
+    running = {
+        strategy: subprocess.Popen(
+            [
+                *cell_command(arguments, strategy=strategy, options=budget_options(arguments)),
+                "--waits",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for strategy in COMPARED
+    }
+    for _ in range(arguments.warm_up + arguments.steps):
+        for process in running.values():
+            print("go", file=process.stdin, flush=True)
+            process.stdout.readline()
+    cells = {
+        strategy: json.loads(process.communicate()[0].splitlines()[-1])
+        for strategy, process in running.items()
+    }
+    for strategy, cell in cells.items():
+        pairs = zip(cell["rates"], cells["vanilla"]["rates"], strict=True)
+        ratios = [rate / vanilla for rate, vanilla in pairs]
+        cell["over_vanilla"] = {"median": statistics.median(ratios), **spread(ratios)}
+        print(f"{strategy:18} {cell_text(cell)}, {cell['over_vanilla']['median']:.3f} of vanilla")
+    document = {"mode": "compare", "res": arguments.res, **machine(arguments), "cells": cells}
+    write(document, arguments.out)
+    return document
+
+
 def smallest(arguments: argparse.Namespace) -> dict[str, object]:
     rows = []
     strategies = ("vanilla", "vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
@@ -265,6 +318,27 @@ def cgroup_prefix(directory: Path) -> tuple[str, ...]:
     if not os.access(entry, os.W_OK):
         sys.exit(f"--cgroup {directory}: {entry} is not a file that you may write to")
     return ("sh", "-c", f'echo $$ > "{entry}" && exec "$@"', "sh")
+
+
+def timelines(arguments: argparse.Namespace) -> dict[str, object]:
+    """Draw the last step of each strategy's trace on one scale of time."""
+    from umtrain.memory.timeline import draw_timelines, last_step, read_trace
+
+    steps, cells = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for strategy in ("lms", "um", "um_group_prefetch"):
+            trace = Path(folder) / strategy
+            options = budget_options(arguments) | {"trace": str(trace)}
+            cell = in_process_of_its_own(arguments, strategy=strategy, options=options)
+            cells[strategy] = cell
+            print(f"{strategy:18} {cell_text(cell)}", flush=True)
+            if cell["status"] == "ok":
+                steps[f"memory={strategy}"] = last_step(read_trace(trace / "trace.json"))
+    if arguments.out is not None:
+        draw_timelines(steps, arguments.out.with_suffix(".png"))
+    document = {"mode": "timelines", "res": arguments.res, **machine(arguments), "cells": cells}
+    write(document, arguments.out)
+    return document
 
 
 def allocator(arguments: argparse.Namespace) -> dict[str, object]:
@@ -366,7 +440,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=("table", "smallest", "paging", "allocator", "cell"))
+    parser.add_argument(
+        "mode", choices=("table", "compare", "smallest", "paging", "timelines", "allocator", "cell")
+    )
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 768, 1024])
     parser.add_argument("--res", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=3)
@@ -385,6 +461,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where to write .json and .png")
     parser.add_argument("--strategy", default="vanilla", help=argparse.SUPPRESS)
     parser.add_argument("--options", default="{}", help=argparse.SUPPRESS)
+    parser.add_argument("--waits", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--freed-buffers", default="RECYCLE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -393,8 +470,10 @@ def main() -> None:
     arguments = parse()
     modes = {
         "table": table,
+        "compare": compare,
         "smallest": smallest,
         "paging": paging,
+        "timelines": timelines,
         "allocator": allocator,
         "cell": run_cell,
     }
