@@ -4,9 +4,10 @@ Modes:
   table      rows 256, 512, 768, 1024; columns vDNN, LMS, vanilla UM, grouping (B),
              grouping (E), + prefetch, checkpoint, vanilla. JSON and PNG beside it.
   compare    LMS and + prefetch against vanilla, all three alive and taking turns step by step.
-  smallest   the smallest device budget, to 16 MiB, under which each strategy still runs a step.
+  smallest   the smallest device budget, to 32 MiB, under which each strategy still runs a step.
   paging     um against um_group_prefetch under one device budget that makes both page to disk,
-             and, with --cgroup DIR (a memory cgroup that you may write to), under a hard limit.
+             and, with --cgroup DIR (memory and blkio cgroups that you may write to), under a
+             hard limit; with the speed of the spill disk there (mode `disk`).
   timelines  what lms, um and um_group_prefetch move when, one below the other: --out PNG.
   allocator  vanilla with freed buffers recycled, as glibc does, and given back.
 
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 COLUMNS = {
@@ -40,7 +41,8 @@ COLUMNS = {
     "vanilla": ("vanilla", {}),
 }
 COMPARED = ("vanilla", "lms", "um_group_prefetch")
-SMALLEST_STEP_BYTES = 16 * 2**20
+SMALLEST_STEP_BYTES = 32 * 2**20
+STRATEGIES = ("vanilla", "vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
 
 
 def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
@@ -157,7 +159,7 @@ def budget_options(arguments: argparse.Namespace) -> dict[str, object]:
 
 def table(arguments: argparse.Namespace) -> dict[str, object]:
     document = {"mode": "table", "rounds": arguments.rounds, **machine(arguments)}
-    document["rows"] = rows_of_other_resolutions(arguments)
+    document["rows"] = other_rows(arguments, "res", arguments.resolutions)
     for res in arguments.resolutions:
         cells = measure_in_turn(arguments, res)
         for column in COLUMNS:
@@ -168,15 +170,17 @@ def table(arguments: argparse.Namespace) -> dict[str, object]:
     return document
 
 
-def rows_of_other_resolutions(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Return the rows that an earlier run left in --out: a table may be measured in parts."""
+def other_rows(
+    arguments: argparse.Namespace, key: str, measured: Sequence[object]
+) -> list[dict[str, object]]:
+    """Return the other rows that an earlier run left in --out: it may be measured in parts."""
     if arguments.out is None or not arguments.out.with_suffix(".json").exists():
         return []
     before = json.loads(arguments.out.with_suffix(".json").read_text())
     same = ("model", "precision", "batch_size", "device", "device_budget", "threads", "torch")
     if any(before[key] != value for key, value in machine(arguments).items() if key in same):
         sys.exit(f"--out {arguments.out}: holds a table of other settings; name another file")
-    return [row for row in before["rows"] if row["res"] not in arguments.resolutions]
+    return [row for row in before["rows"] if row[key] not in measured]
 
 
 def measure_in_turn(arguments: argparse.Namespace, res: int) -> dict[str, list[dict[str, object]]]:
@@ -258,14 +262,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def smallest(arguments: argparse.Namespace) -> dict[str, object]:
-    rows = []
-    strategies = ("vanilla", "vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
-    for strategy in strategies:
+    rows = other_rows(arguments, "memory", arguments.strategies)
+    document = {"mode": "smallest", "res": arguments.res, **machine(arguments), "rows": rows}
+    for strategy in arguments.strategies:
         n_bytes = smallest_budget_bytes(arguments, strategy)
         rows.append({"memory": strategy, "smallest_device_budget_bytes": n_bytes})
         print(f"{strategy:18} {n_bytes / 2**20:7.0f} MiB", flush=True)
-    document = {"mode": "smallest", "res": arguments.res, **machine(arguments), "rows": rows}
-    write(document, arguments.out)
+        write(document, arguments.out)
     return document
 
 
@@ -279,7 +282,7 @@ def smallest_budget_bytes(arguments: argparse.Namespace, strategy: str) -> int:
         )
         return cell["status"] == "ok"
 
-    too_small, enough = 0, 2**28
+    too_small, enough = 0, 2**29
     while not runs_in(enough):
         too_small, enough = enough, 2 * enough
     while enough - too_small > SMALLEST_STEP_BYTES:
@@ -290,7 +293,10 @@ def smallest_budget_bytes(arguments: argparse.Namespace, strategy: str) -> int:
 
 def paging(arguments: argparse.Namespace) -> dict[str, object]:
     """Alternate the two sides, so that a change in the machine's load falls on both."""
-    prefix = cgroup_prefix(arguments.cgroup) if arguments.cgroup else ()
+    prefix = tuple(word for group in arguments.cgroup for word in cgroup_prefix(group))
+    done = subprocess.run([*prefix, sys.executable, __file__, "disk"], stdout=subprocess.PIPE)
+    speed = json.loads(done.stdout)
+    print(f"spill disk {' '.join(f'{key} {value:.2e}' for key, value in speed.items())}")
     sides: dict[str, list[dict[str, object]]] = {"um": [], "um_group_prefetch": []}
     for _ in range(arguments.rounds):
         for strategy, cells in sides.items():
@@ -301,6 +307,13 @@ def paging(arguments: argparse.Namespace) -> dict[str, object]:
     document = {
         "mode": "paging",
         "prefetch_over_um": ratios_of(sides["um_group_prefetch"], sides["um"]),
+        "res": arguments.res,
+        "limits": {
+            str(group / name): limit
+            for group in arguments.cgroup
+            for name, limit in limits_of(group)
+        },
+        "spill_disk": speed,
         **machine(arguments),
         "cells": sides,
     }
@@ -339,6 +352,33 @@ def timelines(arguments: argparse.Namespace) -> dict[str, object]:
     document = {"mode": "timelines", "res": arguments.res, **machine(arguments), "cells": cells}
     write(document, arguments.out)
     return document
+
+
+def limits_of(cgroup: Path) -> list[tuple[str, str]]:
+    """Return the limits that are set in a cgroup, by the names of their files."""
+    names = ("memory.limit_in_bytes", "memory.max", "io.max")
+    names += tuple(f"blkio.throttle.{way}_bps_device" for way in ("read", "write"))
+    texts = [(name, (cgroup / name)) for name in names]
+    return [(name, path.read_text().strip()) for name, path in texts if path.exists()]
+
+
+def disk(arguments: argparse.Namespace) -> dict[str, object]:
+    """Write 512 MiB to the folder of spill files, drop them from RAM, and read them again."""
+    n_bytes, chunk = 2**29, os.urandom(2**24)
+    with tempfile.TemporaryFile() as file:
+        start_s = time.perf_counter()
+        for _ in range(n_bytes // len(chunk)):
+            file.write(chunk)
+        file.flush()
+        os.fdatasync(file.fileno())
+        write_s = time.perf_counter() - start_s
+        os.posix_fadvise(file.fileno(), 0, n_bytes, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        start_s = time.perf_counter()
+        while file.read(len(chunk)):
+            pass
+        read_s = time.perf_counter() - start_s
+    return {"write_bytes_per_s": n_bytes / write_s, "read_bytes_per_s": n_bytes / read_s}
 
 
 def allocator(arguments: argparse.Namespace) -> dict[str, object]:
@@ -441,10 +481,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "mode", choices=("table", "compare", "smallest", "paging", "timelines", "allocator", "cell")
+        "mode",
+        choices=(
+            "table",
+            "compare",
+            "smallest",
+            "paging",
+            "timelines",
+            "disk",
+            "allocator",
+            "cell",
+        ),
     )
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 768, 1024])
     parser.add_argument("--res", type=int, default=1024)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=3, help="steps left out")
     parser.add_argument("--rounds", type=int, default=3)
@@ -457,7 +508,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--device-budget", help="for all strategies, e.g. 1.25GiB")
-    parser.add_argument("--cgroup", type=Path, help="a memory cgroup (v1 or v2) to run in")
+    parser.add_argument(
+        "--cgroup", type=Path, nargs="+", default=[], help="cgroups (v1 or v2) to run in"
+    )
     parser.add_argument("--out", type=Path, help="where to write .json and .png")
     parser.add_argument("--strategy", default="vanilla", help=argparse.SUPPRESS)
     parser.add_argument("--options", default="{}", help=argparse.SUPPRESS)
@@ -474,6 +527,7 @@ def main() -> None:
         "smallest": smallest,
         "paging": paging,
         "timelines": timelines,
+        "disk": disk,
         "allocator": allocator,
         "cell": run_cell,
     }

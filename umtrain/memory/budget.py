@@ -83,19 +83,12 @@ class HeapLimit(DeviceBudget):
 class AllOfTheMachine(HeapLimit):
     """What the machine has left: running out is an error of this process, not its end by SIGKILL.
 
-    Strategies need not economise under it, where it holds what a step needs.
+    Most steps fit in it; in a container with a tight limit a strategy has to economise as it does
+    under a budget.
     """
 
     def __init__(self) -> None:
         super().__init__(data_bytes() + available_bytes())
-
-    def left_bytes(self) -> int | None:
-        """See `DeviceBudget`."""
-        return None
-
-    def holds(self, n_bytes: int) -> bool:
-        """See `DeviceBudget`."""
-        return n_bytes <= self._limit_bytes - data_bytes()
 
 
 class HeapBudget(HeapLimit):
