@@ -426,19 +426,23 @@ def draw(document: dict[str, object], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (speed, memory_use) = plt.subplots(
-        2, 1, figsize=(11, 7), sharex=True, constrained_layout=True
+        2, 1, figsize=(13, 8), sharex=True, constrained_layout=True
     )
     rows = document["rows"]
     resolutions = list(dict.fromkeys(row["res"] for row in rows))
     width = 0.9 / len(COLUMNS)
     for index, column in enumerate(COLUMNS):
-        own = {row["res"]: row for row in rows if row["column"] == column}
-        places = [p - 0.45 + (index + 0.5) * width for p in range(len(resolutions))]
-        draw_column(speed, memory_use, [own[res] for res in resolutions], places, width)
-    speed.set_yscale("log")
-    speed.set_ylabel("images/s")
-    speed.tick_params(labelbottom=False)
-    memory_use.set_ylabel("peak memory, GiB\n(pale: swapped or mapped)")
+        for place, res in enumerate(resolutions):
+            (row,) = (row for row in rows if (row["res"], row["column"]) == (res, column))
+            at = place - 0.45 + (index + 0.5) * width
+            if row["status"] == "ok":
+                draw_cell(speed, memory_use, row, at, width, f"C{index}")
+            else:
+                speed.text(at, 0.02, row["status"].upper(), rotation=90, ha="center")
+        speed.bar([0], [0], color=f"C{index}", label=column)
+    speed.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    speed.set_ylabel("speed over vanilla's of the same round\n(median, range; text: images/s)")
+    memory_use.set_ylabel("peak memory, GiB\n(pale: swapped out or mapped)")
     memory_use.set_xticks(range(len(resolutions)), [f"{res} px" for res in resolutions])
     budget = document["device_budget"] or "all there is"
     speed.set_title(
@@ -450,30 +454,19 @@ def draw(document: dict[str, object], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_column(
-    speed: object,
-    memory_use: object,
-    rows: list[dict[str, object]],
-    places: list[float],
-    width: float,
+def draw_cell(
+    speed: object, memory_use: object, row: dict[str, object], at: float, width: float, colour: str
 ) -> None:
-    """Draw one strategy's bars; what did not fit says OOM."""
-    pairs = list(zip(places, rows, strict=True))
-    fitting = [(place, row) for place, row in pairs if row["status"] == "ok"]
-    at = [place for place, _ in fitting]
-    rates = [row["images_per_s"] for _, row in fitting]
-    uses = [row["memory_use"] for _, row in fitting]
-    means, errors = [r["mean"] for r in rates], [r["std"] or 0.0 for r in rates]
-    colour = f"C{list(COLUMNS).index(rows[0]['column'])}"
-    label = rows[0]["column"]
-    speed.bar(at, means, width, yerr=errors, color=colour, label=label, error_kw={"lw": 0.8})
-    device = [use["device_peak_bytes"] / 2**30 for use in uses]
+    """Draw one strategy at one resolution: without vanilla beside it, images/s alone."""
+    rate, use, ratios = row["images_per_s"]["mean"], row["memory_use"], row["over_vanilla"]
+    top = ratios["median"]
+    if top is not None:
+        below, above = top - min(ratios["rounds"]), max(ratios["rounds"]) - top
+        speed.bar(at, top, width, yerr=[[below], [above]], color=colour, error_kw={"lw": 0.8})
+    speed.text(at, 0.03, f"{rate:.3g}", rotation=90, ha="center", va="bottom", fontsize=8)
+    device, host = use["device_peak_bytes"] / 2**30, use["host_peak_bytes"] / 2**30
     memory_use.bar(at, device, width, color=colour)
-    host = [use["host_peak_bytes"] / 2**30 for use in uses]
     memory_use.bar(at, host, width, bottom=device, color=colour, alpha=0.35)
-    for place, row in pairs:
-        if row["status"] != "ok":
-            speed.text(place, speed.get_ylim()[0], row["status"].upper(), rotation=90, ha="center")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
