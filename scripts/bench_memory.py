@@ -347,7 +347,7 @@ def timelines(arguments: argparse.Namespace) -> dict[str, object]:
             print(f"{strategy:18} {cell_text(cell)}", flush=True)
             if cell["status"] == "ok":
                 steps[f"memory={strategy}"] = last_step(read_trace(trace / "trace.json"))
-    if arguments.out is not None:
+    if arguments.out is not None and steps:
         draw_timelines(steps, arguments.out.with_suffix(".png"))
     document = {"mode": "timelines", "res": arguments.res, **machine(arguments), "cells": cells}
     write(document, arguments.out)

@@ -104,8 +104,8 @@ class Strategy(ABC):
         budget_bytes = self.options.device_budget_bytes
         limit = "all there is" if budget_bytes is None else format_bytes(budget_bytes)
         others = strategies_needing_less(self.name)
-        remedy = f"memory={'|'.join(others)} needs less of it; or" if others else ""
+        remedy = f"memory={'|'.join(others)} needs less of it; or " if others else ""
         return (
             f"device memory ran out under memory={self.name} "
-            f"(memory.device_budget: {limit}); {remedy} lower res or batch_size"
+            f"(memory.device_budget: {limit}); {remedy}lower res or batch_size"
         )

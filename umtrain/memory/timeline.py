@@ -114,7 +114,9 @@ def _draw_lanes(axes: Axes, spans: Sequence[Span]) -> None:
             if span.lane == lane
         ]
         row = LANES.index(lane) - 0.4
-        axes.broken_barh(bars, (row, 0.8), color=_COLOURS[lane], edgecolor="white", linewidth=0.3)
+        # Groups are told apart by white edges, which would hide spans that are a moment.
+        edge = 0.3 if lane in ("forward", "backward") else 0.0
+        axes.broken_barh(bars, (row, 0.8), color=_COLOURS[lane], edgecolor="white", linewidth=edge)
     backward_s = [span.start_s - start_s for span in spans if span.lane == "backward"]
     if backward_s:
         axes.axvline(min(backward_s), color="black", linestyle=":", linewidth=1)
