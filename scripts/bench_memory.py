@@ -1,29 +1,37 @@
 """The talk's table: images/s by resolution and memory strategy, with peak memory.
 
 Modes:
-  table      rows 256, 512, 768, 1024; columns LMS, vanilla UM, grouping (B), grouping (E),
-             + prefetch, checkpoint, vanilla. JSON and PNG beside it.
-  smallest   the smallest device budget, to 16 MiB, under which each strategy still runs a step.
+  table      rows 256, 512, 768, 1024; columns vDNN, LMS, vanilla UM, grouping (B),
+             grouping (E), + prefetch, checkpoint, vanilla. JSON and PNG beside it.
+  compare    LMS and + prefetch against vanilla, all three alive and taking turns step by step.
+  smallest   the smallest device budget, to 32 MiB, under which each strategy still runs a step.
   paging     um against um_group_prefetch under one device budget that makes both page to disk,
-             and, with --cgroup DIR (a memory cgroup that you may write to), under a hard limit.
+             and, with --cgroup DIR (memory and blkio cgroups that you may write to), under a
+             hard limit; with the speed of the spill disk there (mode `disk`).
+  timelines  what lms, um and um_group_prefetch move when, one below the other: --out PNG.
   allocator  vanilla with freed buffers recycled, as glibc does, and given back.
 
-Method: each cell is a process of its own, run in turn; warm-up steps are left out; images/s
-is the mean over steps ± their standard deviation. A synthetic batch stays in memory, so nothing
-but the step is measured. Cells that run out of memory say OOM. Prints a table; the last line of
-output is one JSON document.
+Method: each cell is a process of its own; warm-up steps are left out; images/s is the mean over
+steps ± their standard deviation. Strategies take turns, in rounds that start at another one each
+time, and are compared within a round, so that what else the machine does falls on all of them. A
+synthetic batch stays in memory, so nothing but the step is measured. Cells that run out of memory
+say OOM. Prints a table; the last line of output is one JSON document.
 """
 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 COLUMNS = {
+    "vDNN": ("vdnn", {}),
     "LMS": ("lms", {}),
     "vanilla UM": ("um", {}),
     "grouping (B)": ("um_group", {"grouping": "blocks"}),
@@ -32,7 +40,9 @@ COLUMNS = {
     "checkpoint": ("checkpoint", {}),
     "vanilla": ("vanilla", {}),
 }
-SMALLEST_STEP_BYTES = 16 * 2**20
+COMPARED = ("vanilla", "lms", "um_group_prefetch")
+SMALLEST_STEP_BYTES = 32 * 2**20
+STRATEGIES = ("vanilla", "vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
 
 
 def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
@@ -60,7 +70,7 @@ def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
     try:
         with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
             strategy.prepare(model, batch)
-        for _ in range(arguments.warm_up + arguments.steps):
+        for _ in turns(arguments):
             start_s = time.perf_counter()
             optimizer.zero_grad()
             with strategy.step():
@@ -82,10 +92,24 @@ def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def turns(arguments: argparse.Namespace) -> Iterator[None]:
+    """Yield once a step: at once, or as the parent gives the turn and is told when it is over."""
+    for _ in range(arguments.warm_up + arguments.steps):
+        if arguments.waits:
+            sys.stdin.readline()
+        yield
+        if arguments.waits:
+            print("done", flush=True)
+
+
 def rates_of(times_s: list[float], batch_size: int) -> dict[str, object]:
     rates = [batch_size / step_s for step_s in times_s]
-    deviation = statistics.stdev(rates) if len(rates) > 1 else None
-    return {"images_per_s": {"mean": statistics.mean(rates), "std": deviation, "n": len(rates)}}
+    return {"images_per_s": spread(rates), "rates": rates}
+
+
+def spread(values: list[float]) -> dict[str, object]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": deviation, "n": len(values)}
 
 
 def figures_of(strategy: object) -> dict[str, object]:
@@ -98,12 +122,25 @@ def in_process_of_its_own(
     arguments: argparse.Namespace, prefix: tuple[str, ...] = (), **changes: object
 ) -> dict[str, object]:
     """Run one cell in a fresh process; a process that the system kills is out of memory."""
+    command = cell_command(arguments, prefix, **changes)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode < 0:
+        return {"status": "oom", "why": f"the process ended by signal {-done.returncode}"}
+    return {"status": "failed", "why": done.stderr.strip().splitlines()[-1]}
+
+
+def cell_command(
+    arguments: argparse.Namespace, prefix: tuple[str, ...] = (), **changes: object
+) -> list[str]:
     values = vars(arguments) | changes
-    command = [*prefix, sys.executable, __file__, "cell"]
+    command = [*prefix, *shlex.split(arguments.prefix), sys.executable, __file__, "cell"]
     for key in (
         "strategy",
         "res",
         "steps",
+        "warm_up",
         "batch_size",
         "model",
         "precision",
@@ -113,13 +150,7 @@ def in_process_of_its_own(
         command += [f"--{key.replace('_', '-')}", str(values[key])]
     command += ["--freed-buffers", str(values["freed_buffers"])]
     options = values.get("options", {})
-    command += ["--options", json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode < 0:
-        return {"status": "oom", "why": f"the process ended by signal {-done.returncode}"}
-    return {"status": "failed", "why": done.stderr.strip().splitlines()[-1]}
+    return [*command, "--options", json.dumps(options)]
 
 
 def budget_options(arguments: argparse.Namespace) -> dict[str, object]:
@@ -127,17 +158,65 @@ def budget_options(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def table(arguments: argparse.Namespace) -> dict[str, object]:
-    rows = []
+    document = {"mode": "table", "rounds": arguments.rounds, **machine(arguments)}
+    document["rows"] = other_rows(arguments, "res", arguments.resolutions)
     for res in arguments.resolutions:
-        for column, (strategy, options) in COLUMNS.items():
+        cells = measure_in_turn(arguments, res)
+        for column in COLUMNS:
+            row = {"res": res, "column": column, "memory": COLUMNS[column][0]}
+            document["rows"].append(row | united(cells[column], cells["vanilla"]))
+        document["rows"].sort(key=lambda row: row["res"])
+        write(document, arguments.out)
+    return document
+
+
+def other_rows(
+    arguments: argparse.Namespace, key: str, measured: Sequence[object]
+) -> list[dict[str, object]]:
+    """Return the other rows that an earlier run left in --out: it may be measured in parts."""
+    if arguments.out is None or not arguments.out.with_suffix(".json").exists():
+        return []
+    before = json.loads(arguments.out.with_suffix(".json").read_text())
+    same = ("model", "precision", "batch_size", "device", "device_budget", "threads", "torch")
+    if any(before[key] != value for key, value in machine(arguments).items() if key in same):
+        sys.exit(f"--out {arguments.out}: holds a table of other settings; name another file")
+    return [row for row in before["rows"] if row[key] not in measured]
+
+
+def measure_in_turn(arguments: argparse.Namespace, res: int) -> dict[str, list[dict[str, object]]]:
+    """Return each column's cells, one a round."""
+    cells: dict[str, list[dict[str, object]]] = {column: [] for column in COLUMNS}
+    names = list(COLUMNS)
+    for turn in range(arguments.rounds):
+        first = turn * len(names) // arguments.rounds
+        for column in names[first:] + names[:first]:
+            strategy, options = COLUMNS[column]
             cell = in_process_of_its_own(
                 arguments, strategy=strategy, res=res, options=options | budget_options(arguments)
             )
-            rows.append({"res": res, "column": column, **cell})
+            cells[column].append(cell)
             print(f"{res:5} {column:13} {cell_text(cell)}", flush=True)
-    document = {"mode": "table", **machine(arguments), "rows": rows}
-    write(document, arguments.out)
-    return document
+    return cells
+
+
+def united(cells: list[dict[str, object]], vanilla: list[dict[str, object]]) -> dict[str, object]:
+    """Return one row of all rounds; the first round that failed stands for its column."""
+    failed = next((cell for cell in cells if cell["status"] != "ok"), None)
+    if failed is not None:
+        return failed
+    return {
+        "status": "ok",
+        "images_per_s": spread([rate for cell in cells for rate in cell["rates"]]),
+        "over_vanilla": ratios_of(cells, vanilla),
+        "memory_use": cells[-1]["memory_use"],
+    }
+
+
+def ratios_of(cells: list[dict[str, object]], others: list[dict[str, object]]) -> dict[str, object]:
+    """Return how much faster `cells` are than `others`, round by round, and the median."""
+    pairs = zip(cells, others, strict=True)
+    ratios = [rate_of(a) / rate_of(b) for a, b in pairs if rate_of(b)]
+    return {"median": statistics.median(ratios) if ratios else None, "rounds": ratios}
 
 
 def cell_text(cell: dict[str, object]) -> str:
@@ -150,15 +229,46 @@ def cell_text(cell: dict[str, object]) -> str:
     return f"{rate['mean']:.3f}{deviation} images/s, device {peak:.2f} GiB, host {host:.2f} GiB"
 
 
+def compare(arguments: argparse.Namespace) -> dict[str, object]:
+    """Let processes that are all alive train one step each in turn: load falls on all alike."""
+    running = {
+        strategy: subprocess.Popen(
+            [
+                *cell_command(arguments, strategy=strategy, options=budget_options(arguments)),
+                "--waits",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for strategy in COMPARED
+    }
+    for _ in range(arguments.warm_up + arguments.steps):
+        for process in running.values():
+            print("go", file=process.stdin, flush=True)
+            process.stdout.readline()
+    cells = {
+        strategy: json.loads(process.communicate()[0].splitlines()[-1])
+        for strategy, process in running.items()
+    }
+    for strategy, cell in cells.items():
+        pairs = zip(cell["rates"], cells["vanilla"]["rates"], strict=True)
+        ratios = [rate / vanilla for rate, vanilla in pairs]
+        cell["over_vanilla"] = {"median": statistics.median(ratios), **spread(ratios)}
+        print(f"{strategy:18} {cell_text(cell)}, {cell['over_vanilla']['median']:.3f} of vanilla")
+    document = {"mode": "compare", "res": arguments.res, **machine(arguments), "cells": cells}
+    write(document, arguments.out)
+    return document
+
+
 def smallest(arguments: argparse.Namespace) -> dict[str, object]:
-    rows = []
-    strategies = ("vanilla", "vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
-    for strategy in strategies:
+    rows = other_rows(arguments, "memory", arguments.strategies)
+    document = {"mode": "smallest", "res": arguments.res, **machine(arguments), "rows": rows}
+    for strategy in arguments.strategies:
         n_bytes = smallest_budget_bytes(arguments, strategy)
         rows.append({"memory": strategy, "smallest_device_budget_bytes": n_bytes})
         print(f"{strategy:18} {n_bytes / 2**20:7.0f} MiB", flush=True)
-    document = {"mode": "smallest", "res": arguments.res, **machine(arguments), "rows": rows}
-    write(document, arguments.out)
+        write(document, arguments.out)
     return document
 
 
@@ -172,7 +282,7 @@ def smallest_budget_bytes(arguments: argparse.Namespace, strategy: str) -> int:
         )
         return cell["status"] == "ok"
 
-    too_small, enough = 0, 2**28
+    too_small, enough = 0, 2**29
     while not runs_in(enough):
         too_small, enough = enough, 2 * enough
     while enough - too_small > SMALLEST_STEP_BYTES:
@@ -183,7 +293,10 @@ def smallest_budget_bytes(arguments: argparse.Namespace, strategy: str) -> int:
 
 def paging(arguments: argparse.Namespace) -> dict[str, object]:
     """Alternate the two sides, so that a change in the machine's load falls on both."""
-    prefix = cgroup_prefix(arguments.cgroup) if arguments.cgroup else ()
+    prefix = tuple(word for group in arguments.cgroup for word in cgroup_prefix(group))
+    done = subprocess.run([*prefix, sys.executable, __file__, "disk"], stdout=subprocess.PIPE)
+    speed = json.loads(done.stdout)
+    print(f"spill disk {' '.join(f'{key} {value:.2e}' for key, value in speed.items())}")
     sides: dict[str, list[dict[str, object]]] = {"um": [], "um_group_prefetch": []}
     for _ in range(arguments.rounds):
         for strategy, cells in sides.items():
@@ -191,11 +304,16 @@ def paging(arguments: argparse.Namespace) -> dict[str, object]:
             cell = in_process_of_its_own(arguments, prefix, strategy=strategy, options=options)
             cells.append(cell)
             print(f"{strategy:18} {cell_text(cell)}", flush=True)
-    ratios = [rate_of(b) / rate_of(a) for a, b in zip(*sides.values(), strict=True) if rate_of(a)]
-    ratio = statistics.median(ratios) if ratios else None
     document = {
         "mode": "paging",
-        "prefetch_over_um": {"median": ratio, "rounds": ratios},
+        "prefetch_over_um": ratios_of(sides["um_group_prefetch"], sides["um"]),
+        "res": arguments.res,
+        "limits": {
+            str(group / name): limit
+            for group in arguments.cgroup
+            for name, limit in limits_of(group)
+        },
+        "spill_disk": speed,
         **machine(arguments),
         "cells": sides,
     }
@@ -213,6 +331,54 @@ def cgroup_prefix(directory: Path) -> tuple[str, ...]:
     if not os.access(entry, os.W_OK):
         sys.exit(f"--cgroup {directory}: {entry} is not a file that you may write to")
     return ("sh", "-c", f'echo $$ > "{entry}" && exec "$@"', "sh")
+
+
+def timelines(arguments: argparse.Namespace) -> dict[str, object]:
+    """Draw the last step of each strategy's trace on one scale of time."""
+    from umtrain.memory.timeline import draw_timelines, last_step, read_trace
+
+    steps, cells = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for strategy in ("lms", "um", "um_group_prefetch"):
+            trace = Path(folder) / strategy
+            options = budget_options(arguments) | {"trace": str(trace)}
+            cell = in_process_of_its_own(arguments, strategy=strategy, options=options)
+            cells[strategy] = cell
+            print(f"{strategy:18} {cell_text(cell)}", flush=True)
+            if cell["status"] == "ok":
+                steps[f"memory={strategy}"] = last_step(read_trace(trace / "trace.json"))
+    if arguments.out is not None and steps:
+        draw_timelines(steps, arguments.out.with_suffix(".png"))
+    document = {"mode": "timelines", "res": arguments.res, **machine(arguments), "cells": cells}
+    write(document, arguments.out)
+    return document
+
+
+def limits_of(cgroup: Path) -> list[tuple[str, str]]:
+    """Return the limits that are set in a cgroup, by the names of their files."""
+    names = ("memory.limit_in_bytes", "memory.max", "io.max")
+    names += tuple(f"blkio.throttle.{way}_bps_device" for way in ("read", "write"))
+    texts = [(name, (cgroup / name)) for name in names]
+    return [(name, path.read_text().strip()) for name, path in texts if path.exists()]
+
+
+def disk(arguments: argparse.Namespace) -> dict[str, object]:
+    """Write 512 MiB to the folder of spill files, drop them from RAM, and read them again."""
+    n_bytes, chunk = 2**29, os.urandom(2**24)
+    with tempfile.TemporaryFile() as file:
+        start_s = time.perf_counter()
+        for _ in range(n_bytes // len(chunk)):
+            file.write(chunk)
+        file.flush()
+        os.fdatasync(file.fileno())
+        write_s = time.perf_counter() - start_s
+        os.posix_fadvise(file.fileno(), 0, n_bytes, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        start_s = time.perf_counter()
+        while file.read(len(chunk)):
+            pass
+        read_s = time.perf_counter() - start_s
+    return {"write_bytes_per_s": n_bytes / write_s, "read_bytes_per_s": n_bytes / read_s}
 
 
 def allocator(arguments: argparse.Namespace) -> dict[str, object]:
@@ -259,43 +425,89 @@ def draw(document: dict[str, object], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
-    rows = [row for row in document["rows"] if row["status"] == "ok"]
-    for column in COLUMNS:
-        points = [(r["res"], r["images_per_s"]) for r in rows if r["column"] == column]
-        if points:
-            resolutions, rates = zip(*points, strict=True)
-            errors = [rate["std"] or 0.0 for rate in rates]
-            means = [rate["mean"] for rate in rates]
-            axes.errorbar(resolutions, means, errors, marker="o", capsize=3, label=column)
-    axes.set_xlabel("resolution, px")
-    axes.set_ylabel("images/s")
-    axes.set_yscale("log")
-    axes.set_title(f"{document['model']}, {document['precision']}, {document['machine']}")
-    axes.legend()
+    figure, (speed, memory_use) = plt.subplots(
+        2, 1, figsize=(13, 8), sharex=True, constrained_layout=True
+    )
+    rows = document["rows"]
+    resolutions = list(dict.fromkeys(row["res"] for row in rows))
+    width = 0.9 / len(COLUMNS)
+    for index, column in enumerate(COLUMNS):
+        for place, res in enumerate(resolutions):
+            (row,) = (row for row in rows if (row["res"], row["column"]) == (res, column))
+            at = place - 0.45 + (index + 0.5) * width
+            if row["status"] == "ok":
+                draw_cell(speed, memory_use, row, at, width, f"C{index}")
+            else:
+                speed.text(at, 0.02, row["status"].upper(), rotation=90, ha="center")
+        speed.bar([0], [0], color=f"C{index}", label=column)
+    speed.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    speed.set_ylabel("speed over vanilla's of the same round\n(median, range; text: images/s)")
+    memory_use.set_ylabel("peak memory, GiB\n(pale: swapped out or mapped)")
+    memory_use.set_xticks(range(len(resolutions)), [f"{res} px" for res in resolutions])
+    budget = document["device_budget"] or "all there is"
+    speed.set_title(
+        f"{document['model']}, {document['precision']}, batch {document['batch_size']}, "
+        f"device budget: {budget} ({document['machine']})"
+    )
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_cell(
+    speed: object, memory_use: object, row: dict[str, object], at: float, width: float, colour: str
+) -> None:
+    """Draw one strategy at one resolution: without vanilla beside it, images/s alone."""
+    rate, use, ratios = row["images_per_s"]["mean"], row["memory_use"], row["over_vanilla"]
+    top = ratios["median"]
+    if top is not None:
+        below, above = top - min(ratios["rounds"]), max(ratios["rounds"]) - top
+        speed.bar(at, top, width, yerr=[[below], [above]], color=colour, error_kw={"lw": 0.8})
+    speed.text(at, 0.03, f"{rate:.3g}", rotation=90, ha="center", va="bottom", fontsize=8)
+    device, host = use["device_peak_bytes"] / 2**30, use["host_peak_bytes"] / 2**30
+    memory_use.bar(at, device, width, color=colour)
+    memory_use.bar(at, host, width, bottom=device, color=colour, alpha=0.35)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=("table", "smallest", "paging", "allocator", "cell"))
+    parser.add_argument(
+        "mode",
+        choices=(
+            "table",
+            "compare",
+            "smallest",
+            "paging",
+            "timelines",
+            "disk",
+            "allocator",
+            "cell",
+        ),
+    )
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 768, 1024])
     parser.add_argument("--res", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=2, help="steps left out")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=3, help="steps left out")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--prefix", default="", help="command that starts each cell, e.g. 'taskset -c 0,1'"
+    )
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--device-budget", help="for all strategies, e.g. 1.25GiB")
-    parser.add_argument("--cgroup", type=Path, help="a memory cgroup (v1 or v2) to run in")
+    parser.add_argument(
+        "--cgroup", type=Path, nargs="+", default=[], help="cgroups (v1 or v2) to run in"
+    )
     parser.add_argument("--out", type=Path, help="where to write .json and .png")
     parser.add_argument("--strategy", default="vanilla", help=argparse.SUPPRESS)
     parser.add_argument("--options", default="{}", help=argparse.SUPPRESS)
+    parser.add_argument("--waits", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--freed-buffers", default="RECYCLE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -304,8 +516,11 @@ def main() -> None:
     arguments = parse()
     modes = {
         "table": table,
+        "compare": compare,
         "smallest": smallest,
         "paging": paging,
+        "timelines": timelines,
+        "disk": disk,
         "allocator": allocator,
         "cell": run_cell,
     }

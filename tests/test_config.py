@@ -66,6 +66,7 @@ def test_a_dataset_brings_its_model_and_an_explicit_model_wins():
         ("model.norm=frozen", ["give model.pretrained=PATH"]),
         ("optim.name=adamw", ["unknown key 'optim.name'"]),
         ("dataset.mpp=0.5", ["has no effect with dataset.fit=resize"]),
+        ("memory.oversubscribe=2", ["memory.oversubscribe=2: expected true or false"]),
         ("optim.lr=inf", ["optim.lr=inf: must be more than 0, and finite"]),
         ("seed=99999999999999999999", ["below 2**63"]),
         ("_target_=os.system", ["unknown key '_target_'"]),
@@ -77,6 +78,12 @@ def test_a_wrong_override_is_refused_with_what_to_do(override, words):
         load_config([override])
     for word in words:
         assert word in str(caught.value)
+
+
+def test_oversubscribing_is_for_gpus():
+    assert load_config(["memory.oversubscribe=true", "device=cuda"]).memory.oversubscribe
+    with pytest.raises(ConfigError, match=r"memory.oversubscribe: is about a GPU"):
+        load_config(["memory.oversubscribe=true", "device=cpu"])
 
 
 def test_a_radiograph_needs_a_resolution_that_the_network_can_halve():

@@ -78,6 +78,7 @@ class MemoryConfig:
     prefetch_depth: int = _key("groups asked for ahead of use in backward", 2)
     policy: str = _key("which layers' inputs vdnn offloads", "all")
     cpu_layers: tuple[str, ...] = _key("layers that placement puts on the CPU, [layer1]", ())
+    oversubscribe: bool = _key("let um* take more managed memory than the GPU has free", False)
     show_groups: bool = _key("print the groups and their working sets", False)
 
 
@@ -398,6 +399,8 @@ def _check_combinations(config: RunConfig) -> None:
 def _check_ignored(config: RunConfig) -> None:
     """Refuse keys that would have no effect: someone meant something by them."""
     dataset = config.dataset
+    if config.memory.oversubscribe and config.device == "cpu":
+        raise ConfigError("memory.oversubscribe: is about a GPU's managed memory; leave it out")
     if dataset.name == "wsi" and dataset.fit == "resize" and dataset.mpp is not None:
         raise ConfigError("dataset.mpp: has no effect with dataset.fit=resize; use pad or crop")
     if dataset.name == "spine":

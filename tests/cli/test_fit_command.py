@@ -226,6 +226,48 @@ def test_out_of_memory_is_an_outcome_with_its_own_exit_code(slides, umtrain, tmp
     assert "ran out" in record["reasons"]["test"]
 
 
+def test_a_spill_folder_that_cannot_be_used_ends_before_training(slides, umtrain, tmp_path):
+    done = umtrain(
+        *("fit", "res=64", "memory=lms", "memory.spill_dir=nowhere", "dataset.workers=0"),
+        *(f"dataset.manifest={slides}", "run_dir=run"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "memory.spill_dir=nowhere cannot hold the spill file (No such file" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "steps.csv").exists()
+
+
+# The kernel says that the disk is full once the first epoch's checkpoint is there.
+_DISK_FILLS_UP = """
+import os, sys
+from pathlib import Path
+from umtrain.cli import main
+
+full, write = os.open("/dev/full", os.O_RDWR), os.pwrite
+def pwrite(fd, data, position):
+    return write(full if Path("run/checkpoints/last.pt").exists() else fd, data, position)
+os.pwrite = pwrite
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_spill_disk_that_fills_up_in_mid_training_leaves_the_last_checkpoint(slides, tmp_path):
+    words = ("fit", "res=64", "epochs=3", "memory=lms", "memory.spill_dir=.", "dataset.workers=0")
+    command = [sys.executable, "-c", _DISK_FILLS_UP, *words, f"dataset.manifest={slides}"]
+    done = subprocess.run(
+        [*command, "run_dir=run"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "memory.spill_dir=.: the spill file could not be read or written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["epoch"] == 1
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert record["status"] == "failed"
+    assert record["train"]["epochs"] == 1
+    assert "No space left on device" in record["reasons"]["status"]
+
+
 def test_ctrl_c_ends_in_one_line_and_a_record(slides, tmp_path):
     process = subprocess.Popen(
         [

@@ -50,6 +50,12 @@ def _one_thread() -> None:
 
 
 @pytest.fixture
+def fixed_room() -> Callable[[int], DeviceBudget]:
+    """Return what makes a budget that always has the same room left."""
+    return FixedRoom
+
+
+@pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Return a function that gives all strategies created after it so much room for pages."""
 

@@ -70,3 +70,52 @@ def test_the_others_train_as_vanilla_does_with_all_memory(strategy, outcomes):
 
 def test_vanilla_with_all_memory_takes_more_than_the_budget(outcomes):
     assert outcomes["all of it"][3] > 220 * 2**20
+
+
+# A heap with 512 MiB free in pieces of 8 MiB, each kept from its neighbours.
+_USED_HEAP_PROGRAM = """
+import torch
+from torch import nn
+from umtrain import memory
+from umtrain.errors import OutOfMemoryError
+from umtrain.memory import linux
+from umtrain.memory.allocator import recycle_large_buffers
+
+torch.set_num_threads(1)
+recycle_large_buffers()
+pairs = [(torch.ones(2**21), torch.ones(2**14)) for _ in range(64)]
+between = [small for _, small in pairs]
+del pairs
+mapped_bytes = linux.data_bytes()
+# Of 7.5 MiB each: what the heap has free would do.
+model = nn.Sequential(*(nn.Tanh() for _ in range(40)))
+x = torch.randn(1, 8, 480, 512, requires_grad=True)
+strategy = memory.create("vanilla", device_budget="128MiB")
+strategy.prepare(model, x)
+try:
+    with strategy.step():
+        model(x).sum().backward()
+    print("ok")
+except OutOfMemoryError:
+    print("oom")
+strategy.close()
+recycle_large_buffers()
+pieces = [torch.ones(2**20) for _ in range(60)]
+print("again" if linux.data_bytes() < mapped_bytes + 2**26 else "lost")
+"""
+
+
+@pytest.fixture(scope="module")
+def used_heap():
+    command = [sys.executable, "-c", _USED_HEAP_PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_what_a_used_heap_has_free_is_no_part_of_the_budget(used_heap):
+    assert used_heap[0] == "oom"
+
+
+def test_the_heap_has_it_again_when_the_budget_is_lifted(used_heap):
+    assert used_heap[1] == "again"

@@ -1,5 +1,8 @@
 """Large model support and vDNN: explicit copies out and in, and who waits for them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -70,6 +73,42 @@ def test_vdnn_conv_frees_an_input_that_another_layer_had_saved_first():
         assert torch.UntypedStorage._expired(freed[0])
         loss.backward()
     strategy.close()
+
+
+# Maps of 64 MiB: more than glibc gives the heap of any thread but the first.
+_FAULTS_PROGRAM = """
+import resource
+import torch
+from torch import nn
+from umtrain import memory
+from umtrain.memory.allocator import recycle_large_buffers
+from umtrain.memory.linux import PAGE_BYTES
+
+def faulted_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * PAGE_BYTES
+
+torch.set_num_threads(1)
+recycle_large_buffers()
+model = nn.Sequential(*(nn.Tanh() for _ in range(6)))
+x = torch.randn(1, 16, 1024, 1024, requires_grad=True)
+strategy = memory.create("lms")
+strategy.prepare(model, x)
+for _ in range(5):
+    before = faulted_bytes()
+    with strategy.step():
+        model(x).sum().backward()
+print(faulted_bytes() - before, strategy.stats().swapped_in_bytes)
+strategy.close()
+"""
+
+
+def test_copies_in_use_memory_again_that_was_used_before():
+    command = [sys.executable, "-c", _FAULTS_PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    faulted_bytes, swapped_in_bytes = map(int, done.stdout.split())
+    assert swapped_in_bytes >= 5 * 64 * 2**20
+    assert faulted_bytes < swapped_in_bytes / 2
 
 
 @pytest.fixture

@@ -53,6 +53,34 @@ def test_a_filesystem_without_enough_room_is_known_before_training(tmp_path):
         SpillFile(tmp_path, reserve_bytes=too_much)
 
 
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Return a function that lets the spill files of a strategy meet a full disk from now on."""
+
+    def fill():
+        full = os.open("/dev/full", os.O_RDWR)
+        write = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, position: write(full, data, position))
+
+    return fill
+
+
+@pytest.mark.parametrize("strategy", ["vdnn", "lms", "um", "um_group", "um_group_prefetch"])
+def test_a_disk_that_fills_up_in_mid_training_is_named(strategy, tmp_path, full_disk, room):
+    room(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 64, 3), torch.nn.Sigmoid())
+    x = torch.randn(1, 1, 256, 256)
+    under = memory.create(strategy, spill_dir=tmp_path)
+    under.prepare(model, x)
+    with under.step():
+        model(x).sum().backward()
+    full_disk()
+    text = r"memory.spill_dir=.* could not be read or written \(No space left on device\); free"
+    with pytest.raises(DeviceError, match=text), under.step():
+        model(x).sum().backward()
+    under.close()
+
+
 @pytest.mark.parametrize("strategy", ["lms", "um", "vdnn"])
 def test_a_host_budget_too_small_for_the_model_is_known_before_training(strategy, tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 64, 3), torch.nn.ReLU())
@@ -79,7 +107,9 @@ def test_a_tensor_comes_back_as_it_was(name, tmp_path):
         layout = Layout.of(tensor)
         block = spill.take(layout.room_bytes)
         block.write(tensor, layout)
-        for copy in (layout.rebuild(block.as_bytes()), layout.rebuild(block.read())):
+        room = block.make_room()
+        block.read_into(room)
+        for copy in (layout.rebuild(block.as_bytes()), layout.rebuild(room)):
             assert torch.equal(copy, tensor)
             assert copy.stride() == tensor.stride()
             assert copy.dtype == tensor.dtype

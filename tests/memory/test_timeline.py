@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 from umtrain import memory
+from umtrain.memory.timeline import chrome_trace, draw_timelines, last_step, read_trace
 from umtrain.memory.trace import LANES
 
 
@@ -40,6 +41,24 @@ def test_only_the_last_steps_are_kept(traced):
     trace = json.loads((traced / "trace.json").read_text())
     steps = {event["args"]["step"] for event in trace["traceEvents"] if event["ph"] == "X"}
     assert steps == {1, 2}
+
+
+def test_a_trace_that_was_read_back_is_what_was_written(traced):
+    spans = read_trace(traced / "trace.json")
+    assert {span.step for span in last_step(spans)} == {2}
+    again = chrome_trace(spans)
+    written = json.loads((traced / "trace.json").read_text())
+    for mine, its in zip(again["traceEvents"], written["traceEvents"], strict=True):
+        assert (mine["name"], mine["args"]) == (its["name"], its["args"])
+        assert mine.get("ts", 0) == pytest.approx(its.get("ts", 0), abs=0.01)
+        assert mine.get("dur", 0) == pytest.approx(its.get("dur", 0), abs=0.01)
+
+
+def test_several_timelines_share_a_picture(traced, tmp_path):
+    step = last_step(read_trace(traced / "trace.json"))
+    draw_timelines({"one": step, "two": step, "none": []}, tmp_path / "all.png")
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.size == (1680, 1440)
 
 
 def test_the_picture_is_a_picture(traced):

@@ -1,17 +1,24 @@
 """Unified memory without a GPU: saved tensors in the mapped file, in place, paged by the OS."""
 
+import errno
+import os
+from concurrent.futures import wait
+
 import pytest
 import torch
 from torch import nn
 
 from umtrain import memory
+from umtrain.errors import DeviceError
 from umtrain.memory import linux
 from umtrain.memory.layout import Layout
 from umtrain.memory.meters import CpuMeter
 from umtrain.memory.paging_mapped import MappedPager
 from umtrain.memory.trace import Trace
+from umtrain.memory.working_set import LayerUse, WorkingSets
 
 MIB = 2**20
+_NOTHING = WorkingSets([], parameter_bytes=0)
 
 
 @pytest.fixture
@@ -19,8 +26,8 @@ def make_pager(tmp_path):
     """Return a function that makes a pager with so much room."""
     pagers = []
 
-    def make(room_bytes):
-        pager = MappedPager(tmp_path, 0, None, lambda: room_bytes, CpuMeter(), Trace())
+    def make(room_bytes, measured=_NOTHING):
+        pager = MappedPager(tmp_path, measured, None, lambda: room_bytes, CpuMeter(), Trace())
         pagers.append(pager)
         return pager
 
@@ -46,6 +53,27 @@ def test_backward_reads_the_mapping_in_place(make_pager):
     address = block.block.address
     assert address <= loaded.data_ptr() < address + block.n_bytes
     assert torch.equal(loaded, tensor)
+
+
+def test_saved_tensors_stay_on_the_heap_where_the_budget_holds_a_step_twice_over(
+    make_pager, fixed_room
+):
+    saving = LayerUse("layer", "", storages={1: 5 * MIB}, saved={1: 2 * MIB})
+    measured = WorkingSets([saving], parameter_bytes=MIB)
+    pager = make_pager(None, measured)
+    tensor = torch.randn(100)
+    for room_bytes, is_moved in ((16 * MIB, False), (16 * MIB - 1, True), (0, True)):
+        pager.begin(fixed_room(room_bytes))
+        assert pager.wants(tensor) == is_moved
+
+
+def test_without_a_budget_a_machine_that_has_not_the_room_pages_too(make_pager, monkeypatch):
+    monkeypatch.setattr("umtrain.memory.budget.available_bytes", lambda: 16 * MIB)
+    strategy = memory.create("um")
+    strategy.prepare(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh()), torch.randn(1, 4, 1024, 1024))
+    is_moved = strategy._pager.wants(torch.randn(100))
+    strategy.close()
+    assert is_moved
 
 
 def test_least_recently_used_go_out_of_ram_when_there_is_no_room(make_pager):
@@ -92,6 +120,19 @@ def test_freed_blocks_leave_ram_when_there_is_a_budget(make_pager):
     assert linux.resident_bytes(address, MIB) == 0
 
 
+def test_a_page_out_that_failed_is_told_to_the_reader(make_pager, monkeypatch):
+    def broken_disk(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    pager = make_pager(None)
+    block, layout, _ = _save(pager)
+    monkeypatch.setattr(linux, "write_back", broken_disk)
+    pager.evict("group", [block])
+    wait([pager._pages[block.block.offset].migration])
+    with pytest.raises(DeviceError, match=r"could not be read or written \(Input/output error\)"):
+        block.load(layout)
+
+
 def test_prefetch_stops_where_the_budget_ends(make_pager):
     pager = make_pager(2 * MIB + MIB // 2)
     saved = [_save(pager) for _ in range(4)]
@@ -103,7 +144,8 @@ def test_prefetch_stops_where_the_budget_ends(make_pager):
     assert ahead == [True, True, False, False]
 
 
-def test_every_saved_map_is_in_the_file_once():
+def test_every_saved_map_is_in_the_file_once(room):
+    room(128 * 1024)
     model = nn.Sequential(
         nn.Conv2d(4, 16, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(16, 4, 1)
     )

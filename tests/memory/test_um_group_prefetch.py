@@ -85,6 +85,7 @@ def test_without_a_budget_nothing_moves(chain):
     strategy, spans = _run("um_group_prefetch", chain)
     stats = strategy.stats()
     assert (stats.swapped_out_bytes, stats.swapped_in_bytes) == (0, 0)
+    assert stats.host_peak_bytes == 0
     assert {span.lane for span in spans} == {"forward", "backward"}
 
 

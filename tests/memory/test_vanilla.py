@@ -99,6 +99,7 @@ def test_an_unknown_strategy_is_answered_with_those_there_are():
         ({"prefetch_depth": 0}, "memory.prefetch_depth=0 must be at least 1 group"),
         ({"policy": "fc"}, "memory.policy=fc is not known; choose one of all, conv"),
         ({"device": "tpu"}, "device=tpu is not known"),
+        ({"oversubscribe": True}, "memory.oversubscribe=true is about a GPU's managed memory"),
         ({"speed": "high"}, "memory has no option speed; its options are"),
     ],
 )

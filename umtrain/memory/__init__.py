@@ -40,7 +40,8 @@ def create(name: str, **options: Any) -> "Strategy":
     `options` are the fields of `umtrain.memory.options.Options`: `device` ("cpu" or "cuda"),
     `device_budget` and `host_budget` (bytes, or text such as "2GiB"; None is all there is),
     `spill_dir`, `grouping` ("blocks" or "equal"), `group_bytes`, `prefetch_depth`, `policy`,
-    `cpu_layers` and `trace` (the folder for trace.json and timeline.png).
+    `cpu_layers`, `oversubscribe` (let `um*` take more managed memory than the GPU has free) and
+    `trace` (the folder for trace.json and timeline.png).
 
     Raises ConfigError for an unknown strategy, option or value, and DeviceError if this
     machine lacks what the strategy needs.

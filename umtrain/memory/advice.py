@@ -1,6 +1,6 @@
 """What to try when device memory runs out."""
 
-# By how much device memory a ResNet's step needs, most first; scripts/bench_memory.py --smallest
+# By how much device memory a ResNet's step needs, most first; scripts/bench_memory.py smallest
 # prints the figures behind the order.
 _BY_NEED = ("vanilla", "checkpoint", "vdnn", "lms", "um", "um_group", "um_group_prefetch", "stream")
 

@@ -8,12 +8,17 @@ mapped afresh, zeroed and faulted in, each time. Neither extreme is right for al
 - `give_back`: every buffer above 1 MiB is a mapping of its own, gone when freed. Device memory
   in use is what is alive, nothing more; the price is a page fault per page per use.
 
-`scripts/bench_memory.py --allocator` measures both on your machine.
+`scripts/bench_memory.py allocator` measures both on your machine.
 """
 
+from collections.abc import Callable
 from enum import Enum
 
+from umtrain.memory import linux
 from umtrain.memory.linux import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, mallopt
+
+_LARGEST_HOLE_BYTES = 2**30
+_SMALLEST_HOLE_BYTES = 2**20
 
 
 class FreedBuffers(Enum):
@@ -38,6 +43,42 @@ def set_freed_buffers(choice: FreedBuffers) -> FreedBuffers:
     if mallopt(M_MMAP_THRESHOLD, mmap_bytes) and mallopt(M_TRIM_THRESHOLD, trim_bytes):
         _current = choice
     return before
+
+
+def close_heap_holes() -> Callable[[], None]:
+    """Take what the heap has free out of use, in pieces of at least 1 MiB; returns the undoing.
+
+    A heap that was used holds free memory that stays mapped. From now on every buffer above
+    1 MiB is a mapping of its own (with `GIVE_BACK`, which has to be chosen), so the kernel sees
+    it. What is taken is never touched, and costs address space alone.
+    """
+    linux.trim_heap()
+    taken: list[int] = []
+    n_bytes = _LARGEST_HOLE_BYTES
+    while n_bytes >= _SMALLEST_HOLE_BYTES:
+        address = _malloc_from_hole(n_bytes)
+        if address:
+            taken.append(address)
+        else:
+            n_bytes //= 2
+
+    def reopen() -> None:
+        while taken:
+            linux.free(taken.pop())
+
+    return reopen
+
+
+def _malloc_from_hole(n_bytes: int) -> int:
+    """Return a buffer that the heap had free; 0 if it would have to be mapped."""
+    n_mappings = linux.heap_mappings()
+    if n_mappings is None:
+        return 0
+    address = linux.malloc(n_bytes)
+    if address and linux.heap_mappings() != n_mappings:
+        linux.free(address)
+        return 0
+    return address
 
 
 def recycle_large_buffers() -> None:

@@ -5,10 +5,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import psutil
 import torch
 from torch import nn
 
+from umtrain.memory.available import available_bytes
 from umtrain.memory.base import Strategy
 from umtrain.memory.options import Options
 from umtrain.memory.stats import MemoryStats
@@ -74,7 +74,7 @@ class Auto(Strategy):
             return self.options.device_budget_bytes, "(memory.device_budget)"
         if self.options.device == "cuda":
             return int(torch.cuda.mem_get_info()[0]), "free on the GPU"
-        return int(psutil.virtual_memory().available), "free"
+        return available_bytes(), "free"
 
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         raise AssertionError("the chosen strategy attaches itself")

@@ -49,9 +49,9 @@ class Strategy(ABC):
         Raises DeviceError where the host tier has not the room.
         """
         prepared = self._attach(model, sample_batch)
-        self._meter.mark_base(model)
         self._budget = self._enforce_budget(model)
         self._cleanup.callback(self._budget.lift)
+        self._meter.mark_base(model)
         return prepared
 
     def prepare_inference(self, model: nn.Module, sample_batch: Any) -> nn.Module:
@@ -119,8 +119,8 @@ class Strategy(ABC):
         budget_bytes = self.options.device_budget_bytes
         limit = "all there is" if budget_bytes is None else format_bytes(budget_bytes)
         others = strategies_needing_less(self.name)
-        remedy = f"memory={'|'.join(others)} needs less of it; or" if others else ""
+        remedy = f"memory={'|'.join(others)} needs less of it; or " if others else ""
         return (
             f"device memory ran out under memory={self.name} "
-            f"(memory.device_budget: {limit}); {remedy} lower res or batch_size"
+            f"(memory.device_budget: {limit}); {remedy}lower res or batch_size"
         )

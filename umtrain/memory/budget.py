@@ -3,11 +3,11 @@
 import resource
 from abc import ABC, abstractmethod
 
-import psutil
 import torch
 from torch import nn
 
-from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
+from umtrain.memory.allocator import FreedBuffers, close_heap_holes, set_freed_buffers
+from umtrain.memory.available import available_bytes
 from umtrain.memory.linux import data_bytes, is_linux, require_linux
 from umtrain.memory.tensors import model_bytes
 
@@ -35,6 +35,11 @@ class DeviceBudget(ABC):
     @abstractmethod
     def left_bytes(self) -> int | None:
         """Return what the heap has left of it, 0 if nothing; None if there is no limit."""
+
+    def holds(self, n_bytes: int) -> bool:
+        """Return whether `n_bytes` more fit now."""
+        left_bytes = self.left_bytes()
+        return left_bytes is None or n_bytes <= left_bytes
 
     @abstractmethod
     def lift(self) -> None:
@@ -78,31 +83,31 @@ class HeapLimit(DeviceBudget):
 class AllOfTheMachine(HeapLimit):
     """What the machine has left: running out is an error of this process, not its end by SIGKILL.
 
-    Strategies need not economise under it.
+    Most steps fit in it; in a container with a tight limit a strategy has to economise as it does
+    under a budget.
     """
 
     def __init__(self) -> None:
-        super().__init__(data_bytes() + psutil.virtual_memory().available)
-
-    def left_bytes(self) -> int | None:
-        """See `DeviceBudget`."""
-        return None
+        super().__init__(data_bytes() + available_bytes())
 
 
 class HeapBudget(HeapLimit):
     """A budget on the CPU. What the process held before is not its business; the model is.
 
-    A fragmented heap would count as used, so freed buffers go back to the kernel meanwhile.
+    A fragmented heap would count as used, so freed buffers go back to the kernel meanwhile; what
+    the heap had free before would not count at all, so it is out of use meanwhile.
     """
 
     def __init__(self, budget_bytes: int, model: nn.Module) -> None:
         require_linux("memory.device_budget on the CPU")
         self._buffers_before = set_freed_buffers(FreedBuffers.GIVE_BACK)
+        self._reopen_heap_holes = close_heap_holes()
         super().__init__(data_bytes() - model_bytes(model) + budget_bytes)
 
     def lift(self) -> None:
         """See `DeviceBudget`."""
         super().lift()
+        self._reopen_heap_holes()
         set_freed_buffers(self._buffers_before)
 
 

@@ -49,6 +49,44 @@ def mallopt(parameter: int, value: int) -> bool:
     return set_parameter is not None and set_parameter(parameter, value) == 1
 
 
+def trim_heap() -> None:
+    """Give the pages of free memory in glibc's heap back to the kernel."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
+class _MallocInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def heap_mappings() -> int | None:
+    """Return how many buffers of glibc's heap are mappings of their own; None without glibc."""
+    info = getattr(_libc(), "mallinfo2", None)  # glibc 2.33
+    if info is None:
+        return None
+    info.restype = _MallocInfo
+    return int(info().hblks)
+
+
+def malloc(n_bytes: int) -> int:
+    """Return the address of a buffer from the C heap; 0 if it has none."""
+    allocate = _libc().malloc
+    allocate.restype = ctypes.c_void_p
+    return allocate(ctypes.c_size_t(n_bytes)) or 0
+
+
+def free(address: int) -> None:
+    """Free what `malloc` returned."""
+    _libc().free(ctypes.c_void_p(address))
+
+
 def _madvise(address: int, n_bytes: int, advice: int) -> None:
     result = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes), advice)
     _check(result, f"madvise(advice={advice})")

@@ -59,6 +59,11 @@ class Options:
         _check_choice("device", self.device, ("cpu", "cuda"))
         _check_choice("memory.grouping", self.grouping, GROUPINGS)
         _check_choice("memory.policy", self.policy, VDNN_POLICIES)
+        if self.oversubscribe and self.device == "cpu":
+            raise ConfigError(
+                "memory.oversubscribe=true is about a GPU's managed memory, and device=cpu; "
+                "leave it out: without a GPU, memory.host_budget alone limits the spill file"
+            )
         if self.prefetch_depth < 1:
             raise ConfigError(
                 f"memory.prefetch_depth={self.prefetch_depth} must be at least 1 group; "

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from umtrain.memory.budget import DeviceBudget
 from umtrain.memory.layout import Layout
 from umtrain.memory.saved import Moved, Mover
 
@@ -27,6 +28,10 @@ class Pager(Mover):
     def around_step(self) -> AbstractContextManager[None]:
         """Return the context that forward and backward run in."""
         return nullcontext()
+
+    def begin(self, budget: DeviceBudget) -> None:
+        """Take note of the budget that holds in all steps to come."""
+        return
 
     @abstractmethod
     def move(self, tensor: torch.Tensor, layout: Layout) -> Paged:

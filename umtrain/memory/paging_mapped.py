@@ -3,6 +3,11 @@
 A saved tensor is copied into the file once; backward reads it in place. Pages that were taken out
 come back by page faults, or by one `MADV_POPULATE_READ` for a whole block. When the heap and the
 pages of the pool together pass the device budget, the least recently used go out.
+
+# Note: [Nothing is copied where all of it fits]
+# A GPU's managed pages are the tensors themselves; here the pool costs a copy. Where the budget
+# holds a step twice over (heaps fragment), no page would ever go out, and saved tensors stay on
+# the heap.
 """
 
 import os
@@ -16,12 +21,14 @@ from pathlib import Path
 import torch
 
 from umtrain.memory import linux
+from umtrain.memory.budget import DeviceBudget
 from umtrain.memory.io_threads import start_io_thread
 from umtrain.memory.layout import Layout
 from umtrain.memory.meters import Meter
 from umtrain.memory.paging import Paged, Pager
 from umtrain.memory.spill import SpillBlock, SpillFile
 from umtrain.memory.trace import Trace, now_s
+from umtrain.memory.working_set import WorkingSets
 
 
 @dataclass
@@ -72,13 +79,15 @@ class MappedPager(Pager):
     def __init__(
         self,
         directory: Path | None,
-        reserve_bytes: int,
+        measured: WorkingSets,
         host_budget_bytes: int | None,
         room_bytes: Callable[[], int | None],
         meter: Meter,
         trace: Trace,
     ) -> None:
-        self._spill = SpillFile(directory, reserve_bytes, host_budget_bytes, self._forget)
+        self._spill = SpillFile(directory, measured.saved_bytes, host_budget_bytes, self._forget)
+        self._plenty_bytes = 2 * measured.step_bytes
+        self._is_needed = True
         self._room_bytes = room_bytes
         self._meter = meter
         self._trace = trace
@@ -88,9 +97,13 @@ class MappedPager(Pager):
         self._outward = start_io_thread("page-out")
         self._inward = start_io_thread("page-in")
 
+    def begin(self, budget: DeviceBudget) -> None:
+        """See `Pager` and Note: [Nothing is copied where all of it fits]."""
+        self._is_needed = not budget.holds(self._plenty_bytes)
+
     def wants(self, tensor: torch.Tensor) -> bool:
-        """Return whether `tensor` is in RAM at all."""
-        return tensor.device.type == "cpu"
+        """Return whether `tensor` is in RAM at all, and may have to leave it."""
+        return self._is_needed and tensor.device.type == "cpu"
 
     def move(self, tensor: torch.Tensor, layout: Layout) -> MappedBlock:
         """Copy `tensor` into the file; its pages are in."""
@@ -190,6 +203,7 @@ class MappedPager(Pager):
             self._meter.counters.add(**{"prefetch_hits" if in_time else "prefetch_late": 1})
         if pages.is_migrating:
             self._wait(pages)
+        pages.finish()  # raises what the thread raised, though it ended long ago
 
     def _wait(self, pages: _Pages) -> None:
         start_s = now_s()
@@ -218,7 +232,7 @@ class MappedPager(Pager):
         start_s = now_s()
         address = self._spill.address + pages.offset
         if not pages.is_clean:
-            linux.write_back(self._spill.fd, pages.offset, pages.n_bytes)
+            self._spill.write_back(pages.offset, pages.n_bytes)
             pages.is_clean = True
         linux.page_out(address, pages.n_bytes)
         os.posix_fadvise(self._spill.fd, pages.offset, pages.n_bytes, os.POSIX_FADV_DONTNEED)

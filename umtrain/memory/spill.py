@@ -11,7 +11,8 @@ import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from mmap import ACCESS_WRITE, mmap
 from pathlib import Path
 
@@ -46,27 +47,27 @@ class SpillBlock:
 
         Unlike a copy into the mapping it faults no page and reads none back first.
         """
-        self.write_at(layout.lead_bytes, span_of(tensor, layout.span_bytes).numpy().data)
+        self.write_at(layout.lead_bytes, span_of(tensor, layout.span_bytes))
 
-    def read(self) -> torch.Tensor:
-        """Return a copy of the block in fresh memory, uint8, by `pread`."""
-        room = torch.empty(self.n_bytes, dtype=torch.uint8)
-        self.read_into(room.numpy().data, 0)
-        return room
+    def make_room(self) -> torch.Tensor:
+        """Return fresh memory for `read_into`, uint8 (n_bytes,)."""
+        return torch.empty(self.n_bytes, dtype=torch.uint8)
 
-    def write_at(self, offset: int, source: memoryview) -> None:
-        """Copy bytes to the block, from `offset` on."""
-        position = self.offset + offset
-        while source:
-            n_written = os.pwrite(self.spill.fd, source[:_LARGEST_CALL_BYTES], position)
-            source, position = source[n_written:], position + n_written
+    def read_into(self, room: torch.Tensor, offset: int = 0) -> None:
+        """Fill `room`, uint8, with the block's bytes from `offset` on, by `pread`."""
+        rest, position = room.numpy().data, self.offset + offset
+        with self.spill.naming_itself():
+            while rest:
+                n_read = os.preadv(self.spill.fd, [rest[:_LARGEST_CALL_BYTES]], position)
+                rest, position = rest[n_read:], position + n_read
 
-    def read_into(self, target: memoryview, offset: int) -> None:
-        """Fill `target` with the block's bytes, from `offset` on."""
-        position = self.offset + offset
-        while target:
-            n_read = os.preadv(self.spill.fd, [target[:_LARGEST_CALL_BYTES]], position)
-            target, position = target[n_read:], position + n_read
+    def write_at(self, offset: int, source: torch.Tensor) -> None:
+        """Copy `source`, uint8, to the block from `offset` on, by `pwrite`."""
+        rest, position = source.numpy().data, self.offset + offset
+        with self.spill.naming_itself():
+            while rest:
+                n_written = os.pwrite(self.spill.fd, rest[:_LARGEST_CALL_BYTES], position)
+                rest, position = rest[n_written:], position + n_written
 
     def as_bytes(self) -> torch.Tensor:
         """Return the block as a uint8 tensor on the mapping; the tensor keeps the block taken."""
@@ -141,6 +142,22 @@ class SpillFile:
             f"{format_bytes(n_bytes)} are needed, {format_bytes(free.f_bavail * free.f_frsize)} "
             f"are free ({error.strerror}); free some, lower res or choose another directory"
         )
+
+    def write_back(self, offset: int, n_bytes: int) -> None:
+        """Write the dirty pages of a range to disk and wait."""
+        with self.naming_itself():
+            linux.write_back(self.fd, offset, n_bytes)
+
+    @contextmanager
+    def naming_itself(self) -> Generator[None]:
+        """Turn what the disk answers into DeviceError: it may fill up, or fail, in mid-training."""
+        try:
+            yield
+        except OSError as error:
+            raise DeviceError(
+                f"memory.spill_dir={self.directory}: the spill file could not be read or written "
+                f"({error.strerror}); free some of that disk or choose another directory"
+            ) from error
 
     def take(self, n_bytes: int) -> SpillBlock:
         """Return a free block; raises DeviceError or OutOfMemoryError if there is none."""

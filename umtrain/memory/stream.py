@@ -7,7 +7,6 @@ order of summation; in float64 that is 1e-11, relative.
 import logging
 from typing import Any, ClassVar
 
-import psutil
 import torch
 from torch import nn
 
@@ -95,17 +94,14 @@ class Stream(Strategy):
         self._cleanup.callback(set_freed_buffers, before)
         return budget
 
-    def _arena_bytes(self) -> int | None:
+    def _arena_bytes(self) -> int:
         """Return what feature maps may take: what is free, less all else that a step needs."""
-        left = self._budget.left_bytes()
-        if left is None:
-            left = int(_SHARE_OF_FREE * self._free_bytes())
-        return left - self._other_bytes()
-
-    def _free_bytes(self) -> int:
-        if self.options.device == "cuda":
-            return int(torch.cuda.mem_get_info()[0])
-        return int(psutil.virtual_memory().available)
+        left_bytes = self._budget.left_bytes()
+        if left_bytes is None:
+            left_bytes = int(torch.cuda.mem_get_info()[0])
+        if self.options.device_budget_bytes is None:
+            left_bytes = int(_SHARE_OF_FREE * left_bytes)
+        return left_bytes - self._other_bytes()
 
     def _other_bytes(self) -> int:
         """Return the bytes of gradients, optimizer state, weights in bf16 and strips."""

@@ -65,13 +65,13 @@ class _FileBlock(HostBlock):
 
     def _write(self, offset_bytes: int, source: Tensor) -> None:
         start_s = now_s()
-        self._block.write_at(offset_bytes, source.numpy().data)
+        self._block.write_at(offset_bytes, source)
         self._host.trace.add("swap-out", "strip", start_s, source.nbytes)
         self._host.meter.counters.add(swapped_out_bytes=source.nbytes)
 
     def _read(self, offset_bytes: int, target: Tensor) -> None:
         start_s = now_s()
-        self._block.read_into(target.numpy().data, offset_bytes)
+        self._block.read_into(target, offset_bytes)
         self._host.trace.add("swap-in", "strip", start_s, target.nbytes)
         self._host.meter.counters.add(swapped_in_bytes=target.nbytes)
 

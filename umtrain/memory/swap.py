@@ -25,7 +25,7 @@ class HostCopy(ABC):
 
     @abstractmethod
     def is_out(self) -> bool:
-        """Return whether the copy out has finished."""
+        """Return whether the copy out has finished; raises DeviceError if it failed."""
 
     @abstractmethod
     def wait_out(self) -> None:

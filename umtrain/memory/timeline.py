@@ -1,7 +1,7 @@
 """Write what a trace holds: trace.json for Perfetto or chrome://tracing, and timeline.png."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,8 +29,30 @@ def write_timeline(trace: Trace, folder: Path, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     spans = trace.spans()
     (folder / "trace.json").write_text(json.dumps(chrome_trace(spans)))
-    last = [span for span in spans if span.step == spans[-1].step] if spans else []
-    _draw(last, folder / "timeline.png", title)
+    draw_timelines({title: last_step(spans)}, folder / "timeline.png")
+
+
+def last_step(spans: Sequence[Span]) -> list[Span]:
+    """Return the spans of the last step among `spans`."""
+    last = max((span.step for span in spans), default=0)
+    return [span for span in spans if span.step == last]
+
+
+def read_trace(path: Path) -> list[Span]:
+    """Return the spans that trace.json holds; times from its first one on."""
+    events = json.loads(path.read_text())["traceEvents"]
+    return [
+        Span(
+            step=event["args"]["step"],
+            lane=event["cat"],
+            name=event["name"],
+            start_s=event["ts"] / 1e6,
+            end_s=(event["ts"] + event["dur"]) / 1e6,
+            n_bytes=event["args"]["bytes"],
+        )
+        for event in events
+        if event["ph"] == "X"
+    ]
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, object]:
@@ -62,14 +84,22 @@ def chrome_trace(spans: Sequence[Span]) -> dict[str, object]:
     return {"displayTimeUnit": "ms", "traceEvents": names + events}
 
 
-def _draw(spans: Sequence[Span], path: Path, title: str) -> None:
-    figure, axes = plt.subplots(figsize=(14, 4), constrained_layout=True)
-    if spans:
-        _draw_lanes(axes, spans)
-    axes.set_yticks(range(len(LANES)), [_lane_label(lane, spans) for lane in LANES])
-    axes.set_ylim(len(LANES) - 0.5, -1.0)
-    axes.set_xlabel("seconds since the start of the step")
-    axes.set_title(title)
+def draw_timelines(steps: Mapping[str, Sequence[Span]], path: Path) -> None:
+    """Draw steps by their titles, one below the other on one scale of time."""
+    figure, rows = plt.subplots(
+        len(steps),
+        figsize=(14, 4 * len(steps)),
+        sharex=True,
+        squeeze=False,
+        constrained_layout=True,
+    )
+    for axes, (title, spans) in zip(rows[:, 0], steps.items(), strict=True):
+        if spans:
+            _draw_lanes(axes, spans)
+        axes.set_yticks(range(len(LANES)), [_lane_label(lane, spans) for lane in LANES])
+        axes.set_ylim(len(LANES) - 0.5, -1.0)
+        axes.set_title(title)
+    rows[-1, 0].set_xlabel("seconds since the start of the step")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -84,7 +114,9 @@ def _draw_lanes(axes: Axes, spans: Sequence[Span]) -> None:
             if span.lane == lane
         ]
         row = LANES.index(lane) - 0.4
-        axes.broken_barh(bars, (row, 0.8), color=_COLOURS[lane], edgecolor="white", linewidth=0.3)
+        # Groups are told apart by white edges, which would hide spans that are a moment.
+        edge = 0.3 if lane in ("forward", "backward") else 0.0
+        axes.broken_barh(bars, (row, 0.8), color=_COLOURS[lane], edgecolor="white", linewidth=edge)
     backward_s = [span.start_s - start_s for span in spans if span.lane == "backward"]
     if backward_s:
         axes.axvline(min(backward_s), color="black", linestyle=":", linewidth=1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -33,6 +33,12 @@ class UnifiedMemory(HookedStrategy):
         """Return from what size on tensors migrate: on CUDA, what the driver moves at once."""
         return MANAGED_BLOCK_BYTES if self.options.device == "cuda" else super().smallest_bytes
 
+    def prepare(self, model: nn.Module, sample_batch: Any) -> nn.Module:
+        """See `Strategy`."""
+        prepared = super().prepare(model, sample_batch)
+        self._pager.begin(self._budget)
+        return prepared
+
     def _create_mover(self, model: nn.Module, measured: WorkingSets) -> Mover:
         self._pager = self._create_pager(measured)
         self._cleanup.callback(self._pager.close)
@@ -43,7 +49,7 @@ class UnifiedMemory(HookedStrategy):
             return create_managed_pager(self.options, measured, self._meter, self.trace)
         return MappedPager(
             directory=self.options.spill_dir,
-            reserve_bytes=measured.saved_bytes,
+            measured=measured,
             host_budget_bytes=self.options.host_budget_bytes,
             room_bytes=lambda: self._budget.left_bytes(),
             meter=self._meter,

@@ -68,6 +68,16 @@ class WorkingSets:
         """Return the bytes of the largest saved tensor."""
         return max((size for layer in self.layers for size in layer.saved.values()), default=0)
 
+    @property
+    def largest_working_set_bytes(self) -> int:
+        """Return the working set of the layer that has the largest."""
+        return max((layer.working_set_bytes for layer in self.layers), default=0)
+
+    @property
+    def step_bytes(self) -> int:
+        """Return what one step holds at its peak if nothing leaves, the model left out."""
+        return self.saved_bytes + self.parameter_bytes + self.largest_working_set_bytes
+
 
 def measure_working_sets(model: nn.Module, sample_batch: Any) -> WorkingSets:
     """Return the working sets of `model`'s layers on a batch like `sample_batch`.
