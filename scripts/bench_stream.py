@@ -9,8 +9,9 @@ Modes:
   frozen     as compare, with frozen norms, and lightstream beside it if it is installed.
 
 Method: each figure is a process of its own that trains ResNet-50, batch 1, channels-last, on one
-random image in memory; the first step (on a GPU, three) is left out where more are made. Peak memory is the
-largest resident set of the steps, less what the process held before the model; `rss` is all of it.
+random image in memory. The first step (on a GPU, three) is left out where more are made. Peak
+memory is the largest resident set of the steps, less what the process held before the model; `rss`
+is all of it. On a GPU it is what torch's allocator held.
 Prints a table; the last line of output is one JSON document.
 """
 
