@@ -33,7 +33,7 @@ buffers = st.lists(
 
 @given(buffers)
 def test_buffers_that_live_at_once_never_share_a_byte(made):
-    offsets, end_bytes = place(made, [False] * len(made))
+    offsets, end_bytes = place(made)
     for i, one in enumerate(made):
         assert offsets[i] + one.n_bytes <= end_bytes
         for j in range(i):
@@ -43,11 +43,20 @@ def test_buffers_that_live_at_once_never_share_a_byte(made):
                 assert apart or offsets[j] + other.n_bytes <= offsets[i]
 
 
-@given(buffers)
-def test_what_is_put_out_has_no_place_in_the_arena(made):
-    offsets, end_bytes = place(made, [True] * len(made))
-    assert offsets == [None] * len(made)
-    assert end_bytes == 0
+def test_a_pause_is_the_longest_time_without_a_reader():
+    buffer = Buffer("map", 1, 3, 40, True, [3, 4, 6, 30, 31, 40])
+    assert buffer.pause == (6, 30)
+    assert Buffer("map", 1, 3, 5, True, [3, 4, 5]).pause is None
+    assert Buffer("gradient", 1, 3, 40, False, [3, 40]).pause is None
+
+
+def test_maps_that_pause_are_swapped_before_others_are_read_strip_by_strip(resnet, needs):
+    whole = make_plan(resnet, needs, None, can_use_host=True)
+    plan = make_plan(resnet, needs, int(0.25 * whole.arena_bytes), can_use_host=True)
+    assert "swapped" in plan.stays
+    assert plan.moved_bytes <= 3 * plan.host_bytes
+    for index, resumption in plan.resumed.items():
+        assert plan.schedule.buffers[index].pause[1] == resumption.action
 
 
 def test_everything_is_kept_where_it_fits(resnet, needs):

@@ -126,7 +126,8 @@ class CudaBudget(DeviceBudget):
 
     def left_bytes(self) -> int | None:
         """See `DeviceBudget`."""
-        return max(0, self._budget_bytes - torch.cuda.memory_reserved())
+        # What the allocator has cached but does not use, it hands out again or gives back.
+        return max(0, self._budget_bytes - torch.cuda.memory_allocated())
 
     def lift(self) -> None:
         """See `DeviceBudget`."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from umtrain.errors import OutOfMemoryError
 from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
+from umtrain.memory.available import available_bytes
 from umtrain.memory.base import Strategy
 from umtrain.memory.budget import DeviceBudget
 from umtrain.memory.options import Options
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 _ADAM_STATES = 2
 # Rooms, sources and gradients of a segment, and what oneDNN and cuDNN lay out anew.
-_STRIPS_ALIVE = {"cpu": 40, "cuda": 6}
+_STRIPS_ALIVE = {"cpu": 24, "cuda": 6}
 _STRIPS_IN_BUDGET = 256
 # oneDNN compiles a kernel for each operation and height of strips, and keeps them.
 _COMPILED_BYTES = {"cpu": 96 * 2**20, "cuda": 0}
@@ -98,7 +99,8 @@ class Stream(Strategy):
         """Return what feature maps may take: what is free, less all else that a step needs."""
         left_bytes = self._budget.left_bytes()
         if left_bytes is None:
-            left_bytes = int(torch.cuda.mem_get_info()[0])
+            is_cuda = self.options.device == "cuda"
+            left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else available_bytes()
         if self.options.device_budget_bytes is None:
             left_bytes = int(_SHARE_OF_FREE * left_bytes)
         return left_bytes - self._other_bytes()

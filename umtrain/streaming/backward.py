@@ -53,6 +53,8 @@ class Backward:
     def run(self, progress: Callable[[int], None]) -> None:
         """Run the actions that follow forward."""
         for index, action in enumerate(self._compiled.plan.schedule.actions):
+            if action.kind != "forward":
+                self._session.resume(index)
             if action.kind == "again":
                 self._session.run_forward(action)
             elif action.kind == "backward":

@@ -15,7 +15,9 @@ from umtrain.streaming.program import Norm, Program, Segment, masks_of, terms_of
 from umtrain.streaming.rows import Strip, clipped, strips
 from umtrain.streaming.schedule import Action, Needs
 from umtrain.streaming.storage import (
+    CopiedPlace,
     Cursor,
+    FilledPlace,
     HostBlock,
     HostMemory,
     HostPlace,
@@ -81,6 +83,7 @@ class Session:
         """Run the forward pass; return the program's outputs in order."""
         for index, action in enumerate(self.compiled.plan.schedule.actions):
             if action.kind == "forward":
+                self.resume(index)
                 self.run_forward(action)
                 self.progress(index)
         return [
@@ -364,12 +367,32 @@ class Session:
         """Return where a buffer lies that holds something of map `index`'s shape."""
         a_map, plan = self.program.maps[index], self.compiled.plan
         offset = plan.offsets[buffer]
-        if offset is not None:
+        if plan.stays[buffer] == "kept":
+            assert offset is not None
             return in_arena(self._arena, offset, a_map.shape, a_map.dtype)
-        assert self._host is not None
+        block = self._block(buffer)
+        if offset is None:
+            return HostPlace(block, a_map.shape, a_map.dtype, self.compiled.device)
+        room = self._arena[offset : offset + a_map.n_bytes]
+        return CopiedPlace(room, block, a_map.shape, a_map.dtype)
+
+    def _block(self, buffer: int) -> HostBlock:
         if buffer not in self._blocks:
-            self._blocks[buffer] = self._host.take(plan.schedule.buffers[buffer].n_bytes)
-        return HostPlace(self._blocks[buffer], a_map.shape, a_map.dtype, self.compiled.device)
+            assert self._host is not None
+            n_bytes = self.compiled.plan.schedule.buffers[buffer].n_bytes
+            self._blocks[buffer] = self._host.take(n_bytes)
+        return self._blocks[buffer]
+
+    def resume(self, action: int) -> None:
+        """Let swapped maps that an action is the first to read again come back."""
+        plan = self.compiled.plan
+        for index, buffer in plan.schedule.backward.items():
+            resumption = plan.resumed.get(buffer)
+            if resumption is not None and resumption.action == action:
+                a_map = self.program.maps[index]
+                room = self._arena[resumption.offset : resumption.offset + a_map.n_bytes]
+                place = FilledPlace(room, self._block(buffer), a_map.shape, a_map.dtype)
+                self.content[index] = place
 
 
 def finish(cursors: Iterable[Cursor]) -> None:

@@ -28,7 +28,7 @@ from umtrain.streaming.tracing import Traced, trace
 _log = logging.getLogger(__name__)
 
 # The cache of a processor; on a GPU, what keeps launches from being the larger part.
-STRIP_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}
+STRIP_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
 
 
 class Streamer:

@@ -2,13 +2,15 @@
 
 Everything is kept if it fits. Else the plan with the least estimated time is taken among those
 that run the 0, 1, 2, … cheapest groups again (least work per byte that it frees) and put out
-what still does not fit, longest-lived and least read first. Buffers on the device are placed in
-one arena by their lifetimes, largest first, as compilers place static memory: the arena's size is
-the step's peak, known before the step.
+what still does not fit, by the least traffic: first what has a long pause between forward and
+backward, once out and once in; then, where even that is too much at once, what is read seldom.
+Buffers on the device are placed in one arena by their lifetimes, largest first, as compilers place
+static memory: the arena's size is the step's peak, known before the step.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from umtrain.errors import OutOfMemoryError
 from umtrain.streaming.program import Program
@@ -23,6 +25,11 @@ from umtrain.streaming.schedule import (
 from umtrain.units import format_bytes
 
 _ALIGNMENT_BYTES = 4096
+_SWAP_TRAFFIC = 2.0  # once out, once in
+
+# On the device all its life; there but for its longest pause, as a copy is in host memory; or in
+# host memory only, read and written strip by strip.
+Stay = Literal["kept", "swapped", "out"]
 
 
 @dataclass(frozen=True)
@@ -33,21 +40,41 @@ class Speeds:
     host_bytes_per_s: float = 2e9
 
 
+@dataclass(frozen=True)
+class Resumption:
+    """When a swapped buffer is on the device again, and where in the arena."""
+
+    action: int
+    offset: int
+
+
 @dataclass
 class Plan:
-    """A schedule with a place for each buffer: an offset in the arena, or None for host memory."""
+    """A schedule with a stay and a place for each buffer.
+
+    `offsets` are in the arena, None for what is out; `resumed` says where swapped buffers return.
+    """
 
     schedule: Schedule
+    stays: list[Stay]
     offsets: list[int | None]
+    resumed: dict[int, Resumption]
     arena_bytes: int
     n_groups: int
     n_groups_again: int
 
     @property
     def host_bytes(self) -> int:
-        """Return the size of all buffers in host memory."""
-        pairs = zip(self.schedule.buffers, self.offsets, strict=True)
-        return sum(buffer.n_bytes for buffer, offset in pairs if offset is None)
+        """Return the size of all buffers that are in host memory at some time."""
+        pairs = zip(self.schedule.buffers, self.stays, strict=True)
+        return sum(buffer.n_bytes for buffer, stay in pairs if stay != "kept")
+
+    @property
+    def moved_bytes(self) -> float:
+        """Return about what moves to and from host memory in a step."""
+        traffic = {"kept": 0.0, "swapped": _SWAP_TRAFFIC}
+        pairs = zip(self.schedule.buffers, self.stays, strict=True)
+        return sum(b.n_bytes * traffic.get(stay, float(len(b.touches))) for b, stay in pairs)
 
     def summary(self) -> str:
         """Return the plan in a line."""
@@ -112,77 +139,111 @@ def _by_work_per_byte(program: Program, groups: Sequence[range]) -> list[int]:
 
 
 def _seconds(program: Program, plan: Plan, speeds: Speeds) -> float:
-    moved = sum(
-        buffer.n_bytes * buffer.accesses
-        for buffer, offset in zip(plan.schedule.buffers, plan.offsets, strict=True)
-        if offset is None
-    )
     work = sum(step_flops(program, plan.schedule))
-    return work / speeds.flops_per_s + moved / speeds.host_bytes_per_s
+    return work / speeds.flops_per_s + plan.moved_bytes / speeds.host_bytes_per_s
 
 
 def _fit(
     schedule: Schedule, budget_bytes: int | None, can_use_host: bool, n_groups: int, n_again: int
 ) -> Plan:
     """Put buffers out until the arena is within the budget, or nothing is left to put out."""
-    is_out = [False] * len(schedule.buffers)
+    stays: list[Stay] = ["kept"] * len(schedule.buffers)
     target_bytes = budget_bytes
     while True:
         if target_bytes is not None and can_use_host:
-            _put_out(schedule, is_out, target_bytes)
-        offsets, arena_bytes = place(schedule.buffers, is_out)
-        plan = Plan(schedule, offsets, arena_bytes, n_groups, n_again)
-        if budget_bytes is None or target_bytes is None or arena_bytes <= budget_bytes:
+            _put_out(schedule, stays, target_bytes)
+        plan = _placed(schedule, stays, n_groups, n_again)
+        if budget_bytes is None or target_bytes is None or plan.arena_bytes <= budget_bytes:
             return plan
-        if not can_use_host or all(is_out) or target_bytes <= 0:
+        if not can_use_host or target_bytes <= 0 or set(stays) == {"out"}:
             return plan
-        target_bytes -= max(_ALIGNMENT_BYTES, arena_bytes - budget_bytes)
+        target_bytes -= max(_ALIGNMENT_BYTES, plan.arena_bytes - budget_bytes)
 
 
-def _put_out(schedule: Schedule, is_out: list[bool], target_bytes: int) -> None:
-    """Mark buffers until at no action more than `target_bytes` are alive on the device."""
+def _placed(schedule: Schedule, stays: list[Stay], n_groups: int, n_again: int) -> Plan:
+    """Give a place to every time that a buffer spends on the device."""
+    windows: list[Buffer] = []
+    owners: list[tuple[int, int | None]] = []
+    for index, (buffer, stay) in enumerate(zip(schedule.buffers, stays, strict=True)):
+        if stay == "kept":
+            windows.append(buffer)
+            owners.append((index, None))
+        elif stay == "swapped" and buffer.pause is not None:
+            before, after = buffer.pause
+            windows.append(Buffer(buffer.name, buffer.n_bytes, buffer.first, before))
+            windows.append(Buffer(buffer.name, buffer.n_bytes, after, buffer.last))
+            owners += [(index, None), (index, after)]
+    offsets, arena_bytes = place(windows)
+    plan = Plan(schedule, stays, [None] * len(stays), {}, arena_bytes, n_groups, n_again)
+    for offset, (index, resumed_at) in zip(offsets, owners, strict=True):
+        if resumed_at is None:
+            plan.offsets[index] = offset
+        else:
+            plan.resumed[index] = Resumption(resumed_at, offset)
+    return plan
+
+
+def _put_out(schedule: Schedule, stays: list[Stay], target_bytes: int) -> None:
+    """Change stays until at no action more than `target_bytes` are alive on the device."""
     live = schedule.live_bytes()
-    for buffer, out in zip(schedule.buffers, is_out, strict=True):
-        if out:
-            _subtract(live, buffer)
+    for buffer, stay in zip(schedule.buffers, stays, strict=True):
+        _free(live, buffer, "kept", stay)
     while live and max(live) > target_bytes:
         peak = live.index(max(live))
-        candidates = [
-            i
-            for i, buffer in enumerate(schedule.buffers)
-            if not is_out[i] and buffer.first <= peak <= buffer.last
+        choices = [
+            (*choice, i)
+            for i, (buffer, stay) in enumerate(zip(schedule.buffers, stays, strict=True))
+            if (choice := _choice(buffer, stay, peak)) is not None
         ]
-        if not candidates:
+        if not choices:
             return
-        best = max(candidates, key=lambda i: _worth(schedule.buffers[i]))
-        is_out[best] = True
-        _subtract(live, schedule.buffers[best])
+        _, _, stay, i = min(choices)
+        _free(live, schedule.buffers[i], stays[i], stay)
+        stays[i] = stay
 
 
-def _worth(buffer: Buffer) -> float:
-    """Return how well a buffer is put out: long alive, seldom read or written."""
-    return (buffer.last - buffer.first + 1) / buffer.accesses
+def _choice(buffer: Buffer, stay: Stay, peak: int) -> tuple[float, int, Stay] | None:
+    """Return how a buffer could be off the device at the peak: traffic per byte, -time, stay."""
+    if stay == "out" or not buffer.first <= peak <= buffer.last:
+        return None
+    pause = buffer.pause
+    in_pause = pause is not None and pause[0] < peak < pause[1]
+    length = buffer.last - buffer.first
+    if in_pause:
+        return None if stay == "swapped" else (_SWAP_TRAFFIC, -length, "swapped")
+    return (float(len(buffer.touches)), -length, "out")
 
 
-def _subtract(live: list[int], buffer: Buffer) -> None:
-    for action in range(buffer.first, buffer.last + 1):
+def _free(live: list[int], buffer: Buffer, before: Stay, after: Stay) -> None:
+    """Subtract what a buffer leaves free where it changes from one stay to another."""
+    held_before, held_after = _held(buffer, before), _held(buffer, after)
+    for action in held_before - held_after:
         live[action] -= buffer.n_bytes
 
 
-def place(buffers: Sequence[Buffer], is_out: Sequence[bool]) -> tuple[list[int | None], int]:
-    """Return an offset for each buffer that is not out, and the end of the last.
+def _held(buffer: Buffer, stay: Stay) -> set[int]:
+    """Return the actions during which a buffer is on the device."""
+    if stay == "out":
+        return set()
+    actions = set(range(buffer.first, buffer.last + 1))
+    if stay == "swapped" and buffer.pause is not None:
+        actions -= set(range(buffer.pause[0] + 1, buffer.pause[1]))
+    return actions
+
+
+def place(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
+    """Return an offset for each buffer, and the end of the last.
 
     Largest first, each at the lowest offset where it meets no other that is alive when it is.
     """
-    offsets: list[int | None] = [None] * len(buffers)
-    inside = [i for i, out in enumerate(is_out) if not out]
+    offsets = [0] * len(buffers)
     placed: list[int] = []
     end_bytes = 0
-    for index in sorted(inside, key=lambda i: -buffers[i].n_bytes):
+    for index in sorted(range(len(buffers)), key=lambda i: -buffers[i].n_bytes):
         buffer = buffers[index]
         size_bytes = -(-buffer.n_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         taken = sorted(
-            (offsets[j] or 0, (offsets[j] or 0) + buffers[j].n_bytes)
+            (offsets[j], offsets[j] + buffers[j].n_bytes)
             for j in placed
             if buffers[j].first <= buffer.last and buffer.first <= buffers[j].last
         )

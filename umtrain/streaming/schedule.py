@@ -27,18 +27,30 @@ class Action(NamedTuple):
 
 @dataclass
 class Buffer:
-    """Room for one map or gradient, from action `first` to action `last`."""
+    """Room for one map or gradient, from action `first` to action `last`.
+
+    `touches` are the actions that read or write it; `is_content` says that only the first writes.
+    """
 
     name: str
     n_bytes: int
     first: int
     last: int
-    accesses: int = 1
+    is_content: bool = False
+    touches: list[int] = field(default_factory=list)
 
     def touch(self, action: int) -> None:
-        """Keep it alive until `action`."""
+        """Keep it alive until `action`, which reads or writes it."""
         self.last = max(self.last, action)
-        self.accesses += 1
+        self.touches.append(action)
+
+    @property
+    def pause(self) -> tuple[int, int] | None:
+        """Return the actions around the longest time in which nothing reads it, if there is one."""
+        if not self.is_content:
+            return None
+        gaps = [(b - a, a, b) for a, b in pairwise(self.touches) if b - a > 1]
+        return max(gaps)[1:] if gaps else None
 
 
 class Needs:
@@ -193,9 +205,10 @@ class _Scheduler:
     def _has_statistics(self, index: int) -> bool:
         return any(norm.domain != "fixed" for norm in self._program.norms_of(index))
 
-    def _new(self, name: str, n_bytes: int) -> int:
+    def _new(self, name: str, n_bytes: int, is_content: bool) -> int:
         action = len(self._schedule.actions) - 1
-        self._schedule.buffers.append(Buffer(name, n_bytes, action, action))
+        buffer = Buffer(name, n_bytes, action, action, is_content, [action])
+        self._schedule.buffers.append(buffer)
         return len(self._schedule.buffers) - 1
 
     def _touch(self, buffers: dict[int, int], index: int) -> None:
@@ -215,7 +228,7 @@ class _Scheduler:
 
     def _hold(self, index: int, content: dict[int, int]) -> None:
         name = self._program.maps[index].name
-        content[index] = self._new(name, self._program.maps[index].n_bytes)
+        content[index] = self._new(name, self._program.maps[index].n_bytes, True)
         if content is self._schedule.forward and index not in self._inner:
             self._schedule.backward[index] = content[index]
 
@@ -238,7 +251,8 @@ class _Scheduler:
                 schedule.gradient[index] = schedule.gradient[segment.out]
             else:
                 a_map = program.maps[index]
-                schedule.gradient[index] = self._new(f"gradient of {a_map.name}", a_map.n_bytes)
+                name = f"gradient of {a_map.name}"
+                schedule.gradient[index] = self._new(name, a_map.n_bytes, False)
 
     def _shared_gradient(self, segment: Segment) -> set[int]:
         """Return the sources whose gradient may lie where the segment's output's lies.

@@ -5,6 +5,7 @@ it. For host memory it reads one strip ahead and writes behind, so that both ove
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -126,6 +127,125 @@ class HostPlace(Place):
         return _HostCursor(self, strips, reads, writes)
 
 
+class CopiedPlace(Place):
+    """A map in the arena that is copied to host memory as it is made."""
+
+    def __init__(
+        self,
+        room: Tensor,
+        block: HostBlock,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+    ) -> None:
+        self._room, self._block, self._layout = room, block, _Rows(shape, dtype)
+        self._content = TensorPlace(_as_map(room, shape, dtype))
+
+    def cursor(self, strips: Sequence[Strip], reads: bool, writes: bool) -> Cursor:
+        """See `Place`."""
+        view = self._content.cursor(strips, reads, writes)
+        if not writes:
+            return view
+        return _CopyingCursor(view, self._room, self._block, self._layout, strips)
+
+
+class _CopyingCursor(Cursor):
+    def __init__(
+        self,
+        view: Cursor,
+        room: Tensor,
+        block: HostBlock,
+        layout: "_Rows",
+        strips: Sequence[Strip],
+    ) -> None:
+        self._view, self._room, self._block = view, room, block
+        self._layout, self._strips = layout, strips
+        self._pending: list[Pending] = []
+
+    def get(self, i: int) -> Tensor:
+        return self._view.get(i)
+
+    def commit(self, i: int) -> None:
+        start, stop = self._layout.extent(self._strips[i])
+        self._pending.append(self._block.start_write(start, self._room[start:stop]))
+
+    def finish(self) -> None:
+        for pending in self._pending:
+            pending.wait()
+
+
+class FilledPlace(Place):
+    """A map that comes back from host memory to the arena while it is first read."""
+
+    def __init__(
+        self,
+        room: Tensor,
+        block: HostBlock,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+    ) -> None:
+        self.room, self.block, self.layout = room, block, _Rows(shape, dtype)
+        self.content = TensorPlace(_as_map(room, shape, dtype))
+        self.asked_bytes = 0
+
+    def cursor(self, strips: Sequence[Strip], reads: bool, writes: bool) -> Cursor:
+        """See `Place`."""
+        assert not writes
+        view = self.content.cursor(strips, reads, writes)
+        if self.asked_bytes == self.layout.n_bytes:
+            return view
+        return _FillingCursor(self, view, strips)
+
+
+class _FillingCursor(Cursor):
+    """Asks for all bytes up to the end of the strip after the one that is read."""
+
+    def __init__(self, place: FilledPlace, view: Cursor, strips: Sequence[Strip]) -> None:
+        self._place, self._view, self._strips = place, view, strips
+        self._pending: deque[tuple[int, Pending]] = deque()
+
+    def get(self, i: int) -> Tensor:
+        end = self._ask(i)
+        if i + 1 < len(self._strips):
+            self._ask(i + 1)
+        while self._pending and self._pending[0][0] < end:
+            self._pending.popleft()[1].wait()
+        return self._view.get(i)
+
+    def commit(self, i: int) -> None:
+        raise AssertionError("a map that comes back is only read")
+
+    def finish(self) -> None:
+        self._ask_until(self._place.layout.n_bytes)
+        while self._pending:
+            self._pending.popleft()[1].wait()
+
+    def _ask(self, i: int) -> int:
+        end = self._place.layout.extent(self._strips[i])[1]
+        self._ask_until(end)
+        return end
+
+    def _ask_until(self, end: int) -> None:
+        place, start = self._place, self._place.asked_bytes
+        if end > start:
+            self._pending.append((start, place.block.start_read(start, place.room[start:end])))
+            place.asked_bytes = end
+
+
+class _Rows:
+    """Where the rows of a map lie in bytes, counted from its start."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+        n_images, channels, self._n_rows, columns = shape
+        self._row_bytes = channels * columns * dtype.itemsize
+        self.n_bytes = n_images * self._n_rows * self._row_bytes
+
+    def extent(self, strip: Strip) -> tuple[int, int]:
+        """Return the bytes from the start of a strip's first image's rows to its last's end."""
+        start = (strip.image * self._n_rows + strip.first) * self._row_bytes
+        stop = ((strip.image_end - 1) * self._n_rows + strip.last) * self._row_bytes
+        return start, stop
+
+
 class _HostCursor(Cursor):
     """Note: [Rooms of a cursor]. Strip i is in room i mod 3: while it is computed on, strip i+1
     is read into the next room and strip i-1 is written from the one before."""
@@ -134,9 +254,7 @@ class _HostCursor(Cursor):
         self, place: HostPlace, strips: Sequence[Strip], reads: bool, writes: bool
     ) -> None:
         self._place, self._strips, self._reads, self._writes = place, strips, reads, writes
-        _, channels, rows, columns = place.shape
-        self._row_bytes = channels * columns * place.dtype.itemsize
-        self._image_bytes = rows * self._row_bytes
+        self._layout = _Rows(place.shape, place.dtype)
         largest = max(self._extent(i)[1] for i in range(len(strips)))
         self._rooms = [
             torch.empty(largest, dtype=torch.uint8, device=place.device)
@@ -188,6 +306,5 @@ class _HostCursor(Cursor):
 
     def _extent(self, i: int) -> tuple[int, int]:
         """Return where strip i starts in the block, and its size."""
-        strip = self._strips[i]
-        n_bytes = (strip.image_end - strip.image) * strip.n_rows * self._row_bytes
-        return strip.image * self._image_bytes + strip.first * self._row_bytes, n_bytes
+        start, stop = self._layout.extent(self._strips[i])
+        return start, stop - start
