@@ -36,7 +36,7 @@ Stay = Literal["kept", "swapped", "out"]
 class Speeds:
     """What the choice between running again and putting out is made by; orders of magnitude do."""
 
-    flops_per_s: float = 4e11
+    flops_per_s: float = 3e11
     host_bytes_per_s: float = 2e9
 
 
