@@ -44,7 +44,7 @@ def test_a_run_directory_holds_what_the_readme_names(finished_run):
 def test_the_record_says_what_ran_and_what_came_of_it(finished_run):
     run_dir, _ = finished_run
     record = json.loads((run_dir / "metrics.json").read_text())
-    assert (record["status"], record["command"], record["memory"]) == ("ok", "fit", "vanilla")
+    assert (record["status"], record["command"], record["memory"]) == ("ok", "fit", "auto")
     assert (record["data"]["n_train"], record["data"]["n_val"], record["data"]["n_test"]) == (
         4,
         2,
@@ -213,6 +213,7 @@ def test_out_of_memory_is_an_outcome_with_its_own_exit_code(slides, umtrain, tmp
         "epochs=1",
         "precision=fp32",
         "dataset.workers=0",
+        "memory=vanilla",
         f"memory.device_budget={budget}",
         f"dataset.manifest={slides}",
         "run_dir=run",
