@@ -23,11 +23,9 @@ def convolutions(draw, channels: int):
 
 @st.composite
 def norms(draw, channels: int):
-    kind = draw(st.sampled_from(["batch", "plain batch", "frozen", "group", "instance"]))
+    kind = draw(st.sampled_from(["batch", "plain batch", "frozen", "group"]))
     if kind == "group":
         return nn.GroupNorm(2, channels)
-    if kind == "instance":
-        return nn.InstanceNorm2d(channels, affine=draw(st.booleans()))
     norm = nn.BatchNorm2d(channels, affine=kind != "plain batch")
     return norm.eval() if kind == "frozen" else norm
 
