@@ -7,6 +7,8 @@ from torch import nn
 
 from umtrain import models
 from umtrain.models.heatmap import KeypointLoss
+from umtrain.streaming.module import Streamer
+from umtrain.streaming.running import Settings
 
 NETWORKS = {
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=3), (2, 3, 65, 97)),
@@ -96,3 +98,17 @@ def test_frozen_parameters_get_no_gradient_and_cost_no_backward(compare):
 def test_reduced_precision_is_as_close_to_float64_as_vanilla_is(errors_against_float64, precision):
     plain, streamed = errors_against_float64(precision)
     assert 0 < streamed <= 1.1 * plain
+
+
+def test_instance_norm_is_exact_where_torch_is():
+    """The reference is not channels-last: there torch 2.15 gets this input gradient wrong."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 1)).double()
+    x = torch.randn(2, 4, 7, 5, dtype=torch.float64)
+    weights = torch.rand(2, 4, 7, 5, dtype=torch.float64)
+    found = []
+    for forward in (model, Streamer(model, Settings(strip_bytes=1))):
+        given = x.clone().requires_grad_()
+        (forward(given) * weights).square().sum().backward()
+        found.append(given.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-12)

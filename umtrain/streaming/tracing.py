@@ -221,7 +221,7 @@ def _module_is_streamable(module: nn.Module) -> bool:
         return module.padding_mode == "zeros" and module.padding not in ("same",)
     if isinstance(module, nn.BatchNorm2d):
         return kind is nn.BatchNorm2d or hasattr(module, "eval_statistics") or not module.training
-    if kind is nn.GroupNorm:
+    if kind in (nn.GroupNorm, nn.InstanceNorm2d):
         return True
     if kind is nn.MaxPool2d:
         return not module.return_indices
