@@ -55,8 +55,9 @@ def cell(arguments: argparse.Namespace) -> dict[str, object]:
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     image = torch.empty(1, 3, res, res, dtype=dtype, device=device).normal_()
     image = image.contiguous(memory_format=torch.channels_last)
-    budget = {"device_budget": arguments.budget} if arguments.budget else {}
-    strategy = memory.create(strategy_name, device=device, **budget)
+    budgets = {"device_budget": arguments.budget, "host_budget": arguments.host_budget}
+    budgets = {key: value for key, value in budgets.items() if value}
+    strategy = memory.create(strategy_name, device=device, **budgets)
     times_s: list[float] = []
     try:
         with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
@@ -90,8 +91,9 @@ def in_process_of_its_own(arguments: argparse.Namespace, **changes: object) -> d
     command = [sys.executable, __file__, "cell"]
     for key in ("side", "res", "steps", "precision", "device", "model"):
         command += [f"--{key}", str(values[key])]
-    if values.get("budget"):
-        command += ["--budget", str(values["budget"])]
+    for key in ("budget", "host_budget"):
+        if values.get(key):
+            command += [f"--{key.replace('_', '-')}", str(values[key])]
     if values["frozen"]:
         command.append("--frozen")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -230,6 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budgets", nargs="*", default=[], help="for compare, e.g. 768MiB")
     parser.add_argument("--budget", help="memory.device_budget of streaming, e.g. 8GiB")
+    parser.add_argument("--host-budget", help="memory.host_budget, e.g. 100GiB")
     parser.add_argument("--sides", nargs="+", default=["stock", "stream"], help="for curve")
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")

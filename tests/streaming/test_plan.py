@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from umtrain.errors import OutOfMemoryError
 from umtrain.streaming.module import program_of
 from umtrain.streaming.plan import NoPlanError, make_plan, place
 from umtrain.streaming.program import Program
@@ -51,8 +52,8 @@ def test_a_pause_is_the_longest_time_without_a_reader():
 
 
 def test_maps_that_pause_are_swapped_before_others_are_read_strip_by_strip(resnet, needs):
-    whole = make_plan(resnet, needs, None, can_use_host=True)
-    plan = make_plan(resnet, needs, int(0.25 * whole.arena_bytes), can_use_host=True)
+    whole = make_plan(resnet, needs, None, host_room_bytes=lambda: 2**50)
+    plan = make_plan(resnet, needs, int(0.25 * whole.arena_bytes), host_room_bytes=lambda: 2**50)
     assert "swapped" in plan.stays
     assert plan.moved_bytes <= 3 * plan.host_bytes
     for index, resumption in plan.resumed.items():
@@ -60,25 +61,37 @@ def test_maps_that_pause_are_swapped_before_others_are_read_strip_by_strip(resne
 
 
 def test_everything_is_kept_where_it_fits(resnet, needs):
-    plan = make_plan(resnet, needs, None, can_use_host=True)
+    plan = make_plan(resnet, needs, None, host_room_bytes=lambda: 2**50)
     assert plan.n_groups_again == 0
     assert plan.host_bytes == 0
 
 
 def test_a_smaller_budget_is_kept_and_costs_work_or_traffic(resnet, needs):
-    whole = make_plan(resnet, needs, None, can_use_host=True)
+    whole = make_plan(resnet, needs, None, host_room_bytes=lambda: 2**50)
     for share in (0.7, 0.4, 0.2, 0.05):
         budget_bytes = int(share * whole.arena_bytes)
-        plan = make_plan(resnet, needs, budget_bytes, can_use_host=True)
+        plan = make_plan(resnet, needs, budget_bytes, host_room_bytes=lambda: 2**50)
         assert plan.arena_bytes <= budget_bytes
         assert plan.n_groups_again > 0 or plan.host_bytes > 0
 
 
 def test_without_host_memory_the_least_budget_is_named_and_works(resnet, needs):
     with pytest.raises(NoPlanError, match="at least") as refused:
-        make_plan(resnet, needs, 2**20, can_use_host=False)
+        make_plan(resnet, needs, 2**20, host_room_bytes=None)
     least = 2**20 + refused.value.missing_bytes
-    assert make_plan(resnet, needs, least, can_use_host=False).arena_bytes <= least
+    assert make_plan(resnet, needs, least, host_room_bytes=None).arena_bytes <= least
+
+
+def test_what_is_put_out_fits_host_memory_or_the_need_is_named(resnet, needs):
+    whole = make_plan(resnet, needs, None, host_room_bytes=None)
+    budget_bytes = int(0.25 * whole.arena_bytes)
+    free = make_plan(resnet, needs, budget_bytes, host_room_bytes=lambda: 2**50)
+    room_bytes = int(0.9 * free.host_bytes)
+    tight = make_plan(resnet, needs, budget_bytes, host_room_bytes=lambda: room_bytes)
+    assert tight.host_bytes <= room_bytes
+    assert tight.n_groups_again > free.n_groups_again
+    with pytest.raises(OutOfMemoryError, match=r"host memory would run out.*4\.00 KiB"):
+        make_plan(resnet, needs, budget_bytes, host_room_bytes=lambda: 4096)
 
 
 def test_groups_are_whole_and_in_order(resnet):
@@ -88,7 +101,7 @@ def test_groups_are_whole_and_in_order(resnet):
 
 
 def test_a_gradient_passes_through_a_sum_without_a_copy(resnet, needs):
-    plan = make_plan(resnet, needs, None, can_use_host=True)
+    plan = make_plan(resnet, needs, None, host_room_bytes=lambda: 2**50)
     gradient = plan.schedule.gradient
     sums = [s for s in resnet.segments if s.operation is None]
     shared = [s for s in sums if len({gradient[i] for i in (s.out, *s.sources)}) == 1]
@@ -109,8 +122,8 @@ def test_no_gradient_is_planned_for_what_is_frozen():
 
 def test_without_gradients_maps_die_at_their_last_reader(resnet):
     forward_only = Needs(resnet, [False], training=False)
-    plan = make_plan(resnet, forward_only, None, can_use_host=False)
-    training = make_plan(resnet, Needs(resnet, [False], True), None, can_use_host=False)
+    plan = make_plan(resnet, forward_only, None, host_room_bytes=None)
+    training = make_plan(resnet, Needs(resnet, [False], True), None, host_room_bytes=None)
     assert plan.arena_bytes < training.arena_bytes / 3
 
 

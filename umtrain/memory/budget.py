@@ -117,12 +117,18 @@ def _start_thread_pools() -> None:
 
 
 class CudaBudget(DeviceBudget):
-    """A budget on the GPU, enforced by torch's caching allocator."""
+    """A budget on the GPU, enforced by torch's caching allocator.
+
+    The allocator counts what idle pools hold, the managed one too; that is not this budget's.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
+        torch.cuda.empty_cache()
+        idle_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         total_bytes = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total_bytes))
+        share = (budget_bytes + idle_bytes) / total_bytes
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
     def left_bytes(self) -> int | None:
         """See `DeviceBudget`."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from umtrain.errors import DeviceError
 
 _MADV_DONTFORK = 10
+_MADV_HUGEPAGE = 14
 _MADV_PAGEOUT = 21
 _MADV_POPULATE_READ = 22
 _FALLOC_FL_ZERO_RANGE = 0x10
@@ -20,6 +21,7 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 PAGE_BYTES = resource.getpagesize()
+HUGE_PAGE_BYTES = 2 * 2**20
 
 
 def is_linux() -> bool:
@@ -100,6 +102,15 @@ def populate_read(address: int, n_bytes: int) -> None:
 def page_out(address: int, n_bytes: int) -> None:
     """Take clean pages out of RAM; dirty ones are unmapped but stay in the page cache."""
     _madvise(address, n_bytes, _MADV_PAGEOUT)
+
+
+def use_huge_pages(address: int, n_bytes: int) -> bool:
+    """Let a range be backed by huge pages as it is touched; False if this kernel has none."""
+    try:
+        _madvise(address, n_bytes, _MADV_HUGEPAGE)
+    except OSError:
+        return False
+    return True
 
 
 def keep_from_children(address: int, n_bytes: int) -> None:

@@ -7,14 +7,14 @@
 """
 
 import ctypes
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 import cupy
 import torch
-from cuda.bindings import runtime
+from cuda.bindings import driver, runtime
 
 from umtrain.errors import DeviceError
 from umtrain.memory.cuda_driver import CudaDriver, Event, Location, Stream
@@ -116,6 +116,21 @@ def managed_pool(limit_bytes: int | None, is_oversubscription_allowed: bool) -> 
     return _pool
 
 
+def _by_allocation(address: int, n_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut a managed range where one allocation ends and its neighbour begins.
+
+    CUDA calls a range across both an invalid argument, as adjacent as they may be.
+    """
+    end = address + n_bytes
+    while address < end:
+        error, base, size_bytes = driver.cuMemGetAddressRange(address)
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"CUDA: {address:#x} is not in any allocation ({error.name})")
+        stop = min(end, int(base) + int(size_bytes))
+        yield address, stop - address
+        address = stop
+
+
 class TorchCudaDriver(CudaDriver):
     """The real thing: torch's streams and events, CUDA's own prefetch.
 
@@ -137,7 +152,8 @@ class TorchCudaDriver(CudaDriver):
             target.type = kinds.cudaMemLocationTypeDevice
             target.id = torch.cuda.current_device()
         queue = self._stream(stream).cuda_stream
-        _check(runtime.cudaMemPrefetchAsync(address, n_bytes, target, 0, queue))
+        for start, part_bytes in _by_allocation(address, n_bytes):
+            _check(runtime.cudaMemPrefetchAsync(start, part_bytes, target, 0, queue))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         """See `CudaDriver`."""

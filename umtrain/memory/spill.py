@@ -22,11 +22,11 @@ from umtrain.errors import DeviceError, OutOfMemoryError
 from umtrain.memory import linux
 from umtrain.memory.arena import Arena
 from umtrain.memory.layout import Layout, span_of
+from umtrain.memory.positioned import PositionedFile
 from umtrain.units import format_bytes
 
 _GRANULE_BYTES = 64 * 1024
 _GROWTH_BYTES = 64 * 2**20
-_LARGEST_CALL_BYTES = 2**30
 
 
 class SpillBlock:
@@ -43,9 +43,9 @@ class SpillBlock:
         return self.spill.address + self.offset
 
     def write(self, tensor: torch.Tensor, layout: Layout) -> None:
-        """Copy the span of storage that `tensor` uses into the block, by `pwrite`.
+        """Copy the span of storage that `tensor` uses into the block.
 
-        Unlike a copy into the mapping it faults no page and reads none back first.
+        Unlike a copy into the mapping this faults no page and reads none back first.
         """
         self.write_at(layout.lead_bytes, span_of(tensor, layout.span_bytes))
 
@@ -54,20 +54,14 @@ class SpillBlock:
         return torch.empty(self.n_bytes, dtype=torch.uint8)
 
     def read_into(self, room: torch.Tensor, offset: int = 0) -> None:
-        """Fill `room`, uint8, with the block's bytes from `offset` on, by `pread`."""
-        rest, position = room.numpy().data, self.offset + offset
+        """Fill `room`, uint8, with the block's bytes from `offset` on."""
         with self.spill.naming_itself():
-            while rest:
-                n_read = os.preadv(self.spill.fd, [rest[:_LARGEST_CALL_BYTES]], position)
-                rest, position = rest[n_read:], position + n_read
+            self.spill.file.read(self.offset + offset, room)
 
     def write_at(self, offset: int, source: torch.Tensor) -> None:
-        """Copy `source`, uint8, to the block from `offset` on, by `pwrite`."""
-        rest, position = source.numpy().data, self.offset + offset
+        """Copy `source`, uint8, to the block from `offset` on."""
         with self.spill.naming_itself():
-            while rest:
-                n_written = os.pwrite(self.spill.fd, rest[:_LARGEST_CALL_BYTES], position)
-                rest, position = rest[n_written:], position + n_written
+            self.spill.file.write(self.offset + offset, source)
 
     def as_bytes(self) -> torch.Tensor:
         """Return the block as a uint8 tensor on the mapping; the tensor keeps the block taken."""
@@ -79,6 +73,7 @@ class SpillBlock:
 class SpillFile:
     """An unnamed file in `directory`, mapped whole, that hands out blocks.
 
+    With `is_direct` its blocks are read and written past the page cache where that is possible.
     Raises DeviceError if the directory cannot be written or has not `reserve_bytes` to give.
     """
 
@@ -88,6 +83,7 @@ class SpillFile:
         reserve_bytes: int = 0,
         limit_bytes: int | None = None,
         on_free: Callable[[int], None] = lambda offset: None,
+        is_direct: bool = False,
     ) -> None:
         linux.require_linux("The spill file")
         self.directory = directory or Path(tempfile.gettempdir())
@@ -98,6 +94,7 @@ class SpillFile:
         self._lock = threading.Lock()
         self._reserved_bytes = 0
         self.fd = _open_unnamed(self.directory)
+        self.file = PositionedFile(self.fd, is_direct)
         try:
             self._map()
             self.reserve(reserve_bytes)
@@ -110,12 +107,12 @@ class SpillFile:
         # reserved parts are touched, so it costs address space alone.
         free_bytes = os.statvfs(self.fd).f_bavail * os.statvfs(self.fd).f_frsize
         n_bytes = self._limit_bytes or free_bytes
-        self._capacity_bytes = max(_GROWTH_BYTES, -(-n_bytes // _GROWTH_BYTES) * _GROWTH_BYTES)
-        os.ftruncate(self.fd, self._capacity_bytes)
-        self._mapping = mmap(self.fd, self._capacity_bytes, access=ACCESS_WRITE)
+        self.capacity_bytes = max(_GROWTH_BYTES, -(-n_bytes // _GROWTH_BYTES) * _GROWTH_BYTES)
+        os.ftruncate(self.fd, self.capacity_bytes)
+        self._mapping = mmap(self.fd, self.capacity_bytes, access=ACCESS_WRITE)
         anchor = ctypes.c_ubyte.from_buffer(self._mapping)
         self.address = ctypes.addressof(anchor)
-        linux.keep_from_children(self.address, self._capacity_bytes)
+        linux.keep_from_children(self.address, self.capacity_bytes)
 
     def reserve(self, n_bytes: int) -> None:
         """Make sure that the first `n_bytes` bytes of the file are backed by disk space."""
@@ -126,7 +123,7 @@ class SpillFile:
                 f"host memory ran out: {format_bytes(n_bytes)} are needed and "
                 f"memory.host_budget={format_bytes(self._limit_bytes)}; raise it or lower res"
             )
-        target_bytes = min(-(-n_bytes // _GROWTH_BYTES) * _GROWTH_BYTES, self._capacity_bytes)
+        target_bytes = min(-(-n_bytes // _GROWTH_BYTES) * _GROWTH_BYTES, self.capacity_bytes)
         try:
             if n_bytes > target_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -197,6 +194,7 @@ class SpillFile:
     def close(self) -> None:
         """Close the file; its disk space is free once the last tensor on the mapping is gone."""
         if self.fd >= 0:
+            self.file.close()
             os.close(self.fd)
             self.fd = -1
 

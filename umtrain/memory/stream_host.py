@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from umtrain.memory.available import available_bytes
 from umtrain.memory.cuda_driver import CudaDriver, Event
 from umtrain.memory.io_threads import start_io_thread
 from umtrain.memory.meters import Meter
@@ -13,11 +14,13 @@ from umtrain.memory.spill import SpillBlock, SpillFile
 from umtrain.memory.trace import Trace, now_s
 from umtrain.streaming.storage import HostBlock, HostMemory, Pending
 
+_SHARE_OF_FREE = 0.85
+
 
 class FileHost(HostMemory):
     """Blocks of a spill file, read by one thread and written by another.
 
-    The file is made when the first block is taken. Raises DeviceError or OutOfMemoryError where
+    The file is made when something is to be put out. Raises DeviceError or OutOfMemoryError where
     there is no room.
     """
 
@@ -33,20 +36,27 @@ class FileHost(HostMemory):
         for executor in (self.reader, self.writer):
             self._cleanup.callback(executor.shutdown)
 
+    def room_bytes(self) -> int:
+        """See `HostMemory`."""
+        return self._file().capacity_bytes
+
     def reserve(self, n_bytes: int) -> None:
         """Make sure that the file has room for `n_bytes`."""
-        if self._spill is None:
-            self._spill = SpillFile(self._directory, n_bytes, self._limit_bytes)
-            self._cleanup.callback(self._spill.close)
-        self._spill.reserve(n_bytes)
+        if n_bytes:
+            self._file().reserve(n_bytes)
 
     def take(self, n_bytes: int) -> HostBlock:
         """See `HostMemory`."""
-        self.reserve(0)
-        assert self._spill is not None
-        block = self._spill.take(n_bytes)
-        self.meter.counters.raise_to(host_bytes=self._spill.used_bytes)
+        spill = self._file()
+        block = spill.take(n_bytes)
+        self.meter.counters.raise_to(host_bytes=spill.used_bytes)
         return _FileBlock(self, block)
+
+    def _file(self) -> SpillFile:
+        if self._spill is None:
+            self._spill = SpillFile(self._directory, 0, self._limit_bytes, is_direct=True)
+            self._cleanup.callback(self._spill.close)
+        return self._spill
 
     def close(self) -> None:
         """End the threads and close the file."""
@@ -98,8 +108,14 @@ class PinnedHost(HostMemory):
     def __init__(self, driver: CudaDriver, limit_bytes: int | None, meter: Meter) -> None:
         from umtrain.memory.swap_pinned import PinnedChannel
 
-        self.driver, self.meter = driver, meter
+        self.driver, self.meter, self._limit_bytes = driver, meter, limit_bytes
         self._channel = PinnedChannel(driver, "cuda", limit_bytes)
+
+    def room_bytes(self) -> int:
+        """See `HostMemory`; without a host budget, most of what the machine has free."""
+        if self._limit_bytes is not None:
+            return self._limit_bytes
+        return self._channel.held_bytes + int(_SHARE_OF_FREE * available_bytes())
 
     def reserve(self, n_bytes: int) -> None:
         """Pinned memory is taken as it is needed."""

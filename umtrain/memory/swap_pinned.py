@@ -76,7 +76,7 @@ class PinnedChannel(Channel):
         self.driver = driver
         self._device = device
         self._limit_bytes = limit_bytes
-        self._held_bytes = 0
+        self.held_bytes = 0
         self._used_bytes = 0
         self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
 
@@ -93,9 +93,9 @@ class PinnedChannel(Channel):
         if self._free[n_bytes]:
             buffer = self._free[n_bytes].pop()
         else:
-            self._check_limit(self._held_bytes + n_bytes)
+            self._check_limit(self.held_bytes + n_bytes)
             buffer = self.driver.allocate_pinned(n_bytes)
-            self._held_bytes += n_bytes
+            self.held_bytes += n_bytes
         self._used_bytes += n_bytes
         return buffer
 

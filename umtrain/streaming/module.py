@@ -28,7 +28,7 @@ from umtrain.streaming.tracing import Traced, trace
 _log = logging.getLogger(__name__)
 
 # The cache of a processor; on a GPU, what keeps launches from being the larger part.
-STRIP_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
+STRIP_BYTES = {"cpu": 8 * 2**20, "cuda": 2**29}
 
 
 class Streamer:
@@ -41,7 +41,7 @@ class Streamer:
         self._module, self._settings = module, settings
         self._traced: dict[tuple[bool, ...], _Parts] = {}
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self._arenas = Arenas(device)
+        self._arenas = Arenas(device, settings.allocate)
         self._told: set[str] = set()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -120,7 +120,8 @@ class _Part(nn.Module):
         program = program_of(self._original[0], inputs)
         needs = Needs(program, [x.requires_grad for x in inputs], torch.is_grad_enabled())
         settings = self._settings
-        plan = make_plan(program, needs, settings.budget_bytes(), settings.host is not None)
+        room_bytes = None if settings.host is None else settings.host.room_bytes
+        plan = make_plan(program, needs, settings.budget_bytes(), room_bytes)
         strip_bytes = settings.strip_bytes or STRIP_BYTES[self._device.type]
         kernels = create_kernels(self._device)
         compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes)

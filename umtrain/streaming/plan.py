@@ -8,7 +8,7 @@ Buffers on the device are placed in one arena by their lifetimes, largest first,
 static memory: the arena's size is the step's peak, known before the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,9 +22,9 @@ from umtrain.streaming.schedule import (
     make_schedule,
     step_flops,
 )
+from umtrain.streaming.storage import ALIGNMENT_BYTES
 from umtrain.units import format_bytes
 
-_ALIGNMENT_BYTES = 4096
 _SWAP_TRAFFIC = 2.0  # once out, once in
 
 # On the device all its life; there but for its longest pause, as a copy is in host memory; or in
@@ -88,27 +88,38 @@ def make_plan(
     program: Program,
     needs: Needs,
     budget_bytes: int | None,
-    can_use_host: bool,
+    host_room_bytes: Callable[[], int] | None,
     speeds: Speeds | None = None,
 ) -> Plan:
     """Return the fastest plan whose arena is within `budget_bytes` (None: keep everything).
 
-    Raises OutOfMemoryError, naming the least budget, if there is none.
+    `host_room_bytes` is asked, where a plan puts something out, how much host memory can hold;
+    None: there is no host memory. Raises OutOfMemoryError, naming the least, if there is no plan.
     """
     groups = groups_of(program)
     order = _by_work_per_byte(program, groups)
     plans: list[tuple[float, Plan]] = []
     least_bytes: int | None = None
+    least_host_bytes: int | None = None
     for n_again in range(len(groups) + 1):
         again = [g in order[:n_again] for g in range(len(groups))]
         schedule = make_schedule(program, needs, groups, again)
-        plan = _fit(schedule, budget_bytes, can_use_host, len(groups), n_again)
+        plan = _fit(schedule, budget_bytes, host_room_bytes is not None, len(groups), n_again)
         if budget_bytes is None or plan.arena_bytes <= budget_bytes:
-            plans.append((_seconds(program, plan, speeds or Speeds()), plan))
+            if host_room_bytes is None or plan.host_bytes <= host_room_bytes():
+                plans.append((_seconds(program, plan, speeds or Speeds()), plan))
+            least_host_bytes = min(plan.host_bytes, least_host_bytes or plan.host_bytes)
         least_bytes = min(plan.arena_bytes, least_bytes or plan.arena_bytes)
         if plans and plan.host_bytes == 0:
             break
     if not plans:
+        if least_host_bytes is not None and host_room_bytes is not None:
+            raise OutOfMemoryError(
+                f"host memory would run out: feature maps need at least "
+                f"{format_bytes(least_host_bytes)} of it and it has "
+                f"{format_bytes(host_room_bytes())}; raise memory.host_budget or "
+                "memory.device_budget, choose another memory.spill_dir, or lower res"
+            )
         assert budget_bytes is not None
         assert least_bytes is not None
         raise NoPlanError(budget_bytes, least_bytes)
@@ -157,7 +168,7 @@ def _fit(
             return plan
         if not can_use_host or target_bytes <= 0 or set(stays) == {"out"}:
             return plan
-        target_bytes -= max(_ALIGNMENT_BYTES, plan.arena_bytes - budget_bytes)
+        target_bytes -= max(ALIGNMENT_BYTES, plan.arena_bytes - budget_bytes)
 
 
 def _placed(schedule: Schedule, stays: list[Stay], n_groups: int, n_again: int) -> Plan:
@@ -241,7 +252,7 @@ def place(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
     end_bytes = 0
     for index in sorted(range(len(buffers)), key=lambda i: -buffers[i].n_bytes):
         buffer = buffers[index]
-        size_bytes = -(-buffer.n_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        size_bytes = -(-buffer.n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         taken = sorted(
             (offsets[j], offsets[j] + buffers[j].n_bytes)
             for j in placed
@@ -251,7 +262,7 @@ def place(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
         for start, stop in taken:
             if start - offset >= size_bytes:
                 break
-            offset = max(offset, -(-stop // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES)
+            offset = max(offset, -(-stop // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
         offsets[index] = offset
         placed.append(index)
         end_bytes = max(end_bytes, offset + size_bytes)

@@ -21,6 +21,11 @@ from umtrain.streaming.storage import HostMemory
 
 _log = logging.getLogger(__name__)
 
+
+def _allocate(n_bytes: int, device: torch.device) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+
+
 Found = tuple[list[Tensor | None], list[Tensor | None]]
 
 
@@ -29,20 +34,24 @@ class Settings:
     """How to stream: what the arena may take (None: keep everything), host memory, strips.
 
     The budget is asked for when a part first sees a kind of input. `on_progress` is told the
-    share of a step's work that is done, from 0 to 1.
+    share of a step's work that is done, from 0 to 1. `allocate` returns an arena, uint8
+    (n_bytes,), on a device.
     """
 
     budget_bytes: Callable[[], int | None] = lambda: None
     host: HostMemory | None = None
     strip_bytes: int | None = None
     on_progress: Callable[[float], None] = lambda share: None
+    allocate: Callable[[int, torch.device], Tensor] = _allocate
 
 
 class Arenas:
     """The free arenas of a module; see Note: [Whose arena]."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self, device: torch.device, allocate: Callable[[int, torch.device], Tensor]
+    ) -> None:
+        self.device, self._allocate = device, allocate
         self._free: list[Tensor] = []
 
     def take(self, n_bytes: int) -> Tensor:
@@ -51,7 +60,7 @@ class Arenas:
             if arena.nbytes >= n_bytes:
                 return self._free.pop(position)
         self._free.clear()
-        return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+        return self._allocate(n_bytes, self.device)
 
     def claim(self, arena: Tensor) -> bool:
         """Take this very arena; False if it is in use."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from umtrain.streaming.rows import Strip
 
 _ROOMS = 3
+# Host memory takes a copy fastest from memory that lies as the copy does, modulo this.
+ALIGNMENT_BYTES = 4096
 
 
 class Pending(Protocol):
@@ -36,6 +38,9 @@ class HostBlock(Protocol):
 
 class HostMemory(Protocol):
     """The slow tier: a spill file, or pinned memory."""
+
+    def room_bytes(self) -> int:
+        """Return how much it can hold."""
 
     def take(self, n_bytes: int) -> HostBlock:
         """Return a block, free again once nothing refers to it."""
@@ -257,7 +262,7 @@ class _HostCursor(Cursor):
         self._layout = _Rows(place.shape, place.dtype)
         largest = max(self._extent(i)[1] for i in range(len(strips)))
         self._rooms = [
-            torch.empty(largest, dtype=torch.uint8, device=place.device)
+            torch.empty(largest + ALIGNMENT_BYTES, dtype=torch.uint8, device=place.device)
             for _ in range(min(_ROOMS, len(strips)))
         ]
         self._pending: list[Pending | None] = [None] * len(self._rooms)
@@ -284,7 +289,9 @@ class _HostCursor(Cursor):
             self._settle(i)
 
     def _room(self, i: int) -> Tensor:
-        return self._rooms[i % len(self._rooms)]
+        """Return the room of strip i, at an address like the strip's offset in the block."""
+        room = self._rooms[i % len(self._rooms)]
+        return room[(self._extent(i)[0] - room.data_ptr()) % ALIGNMENT_BYTES :]
 
     def _settle(self, i: int) -> None:
         position = i % len(self._rooms)
