@@ -115,3 +115,7 @@ def used_heap():
 
 def test_what_a_used_heap_has_free_is_no_part_of_the_budget(used_heap):
     assert used_heap[0] == "oom"
+
+
+def test_the_heap_has_it_again_when_the_budget_is_lifted(used_heap):
+    assert used_heap[1] == "again"

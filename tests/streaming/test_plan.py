@@ -44,9 +44,10 @@ def test_buffers_that_live_at_once_never_share_a_byte(made):
                 assert apart or offsets[j] + other.n_bytes <= offsets[i]
 
 
-def test_a_pause_is_the_longest_time_without_a_reader():
+def test_a_pause_is_the_longest_time_without_a_reader_and_ends_one_action_ahead():
     buffer = Buffer("map", 1, 3, 40, True, [3, 4, 6, 30, 31, 40])
-    assert buffer.pause == (6, 30)
+    assert buffer.pause == (6, 29)
+    assert Buffer("map", 1, 3, 5, True, [3, 5]).pause == (3, 5)
     assert Buffer("map", 1, 3, 5, True, [3, 4, 5]).pause is None
     assert Buffer("gradient", 1, 3, 40, False, [3, 40]).pause is None
 

@@ -107,8 +107,8 @@ class HeapBudget(HeapLimit):
     def lift(self) -> None:
         """See `DeviceBudget`."""
         super().lift()
+        set_freed_buffers(self._buffers_before)  # first: what is freed is else given back
         self._reopen_heap_holes()
-        set_freed_buffers(self._buffers_before)
 
 
 def _start_thread_pools() -> None:

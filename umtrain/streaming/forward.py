@@ -15,6 +15,7 @@ from umtrain.streaming.program import Norm, Program, Segment, masks_of, terms_of
 from umtrain.streaming.rows import Strip, clipped, strips
 from umtrain.streaming.schedule import Action, Needs
 from umtrain.streaming.storage import (
+    PIECES,
     CopiedPlace,
     Cursor,
     FilledPlace,
@@ -67,6 +68,7 @@ class Session:
         self.program = compiled.program
         self._arena, self._host, self.progress = arena, host, progress
         self._blocks: dict[int, HostBlock] = {}
+        self._leaving: dict[int, CopiedPlace] = {}
         self.content: dict[int, Place] = {}
         self.statistics: dict[int, Statistics] = {}
         self.coefficients: dict[int, Coefficients] = {}
@@ -367,14 +369,29 @@ class Session:
         """Return where a buffer lies that holds something of map `index`'s shape."""
         a_map, plan = self.program.maps[index], self.compiled.plan
         offset = plan.offsets[buffer]
-        if plan.stays[buffer] == "kept":
-            assert offset is not None
-            return in_arena(self._arena, offset, a_map.shape, a_map.dtype)
-        block = self._block(buffer)
         if offset is None:
-            return HostPlace(block, a_map.shape, a_map.dtype, self.compiled.device)
-        room = self._arena[offset : offset + a_map.n_bytes]
-        return CopiedPlace(room, block, a_map.shape, a_map.dtype)
+            return HostPlace(self._block(buffer), a_map.shape, a_map.dtype, self.compiled.device)
+        room = self._room(offset, a_map.n_bytes)
+        if plan.stays[buffer] == "kept":
+            return in_arena(room, a_map.shape, a_map.dtype)
+        place = CopiedPlace(room, self._block(buffer), a_map.shape, a_map.dtype)
+        self._leaving[buffer] = place
+        return place
+
+    def _room(self, offset: int, n_bytes: int) -> Tensor:
+        """Return a part of the arena; what is still being copied from there is waited for."""
+        room = self._arena[offset : offset + n_bytes]
+        start, stop = room.data_ptr(), room.data_ptr() + n_bytes
+        for buffer, place in list(self._leaving.items()):
+            first = place.room.data_ptr()
+            if first < stop and start < first + place.room.nbytes:
+                self._settle(buffer)
+        return room
+
+    def _settle(self, buffer: int) -> None:
+        place = self._leaving.pop(buffer, None)
+        if place is not None:
+            place.settle()
 
     def _block(self, buffer: int) -> HostBlock:
         if buffer not in self._blocks:
@@ -384,15 +401,20 @@ class Session:
         return self._blocks[buffer]
 
     def resume(self, action: int) -> None:
-        """Let swapped maps that an action is the first to read again come back."""
+        """Let swapped maps that are to be on the device from an action on come back."""
         plan = self.compiled.plan
+        coming: list[FilledPlace] = []
         for index, buffer in plan.schedule.backward.items():
             resumption = plan.resumed.get(buffer)
             if resumption is not None and resumption.action == action:
                 a_map = self.program.maps[index]
-                room = self._arena[resumption.offset : resumption.offset + a_map.n_bytes]
-                place = FilledPlace(room, self._block(buffer), a_map.shape, a_map.dtype)
-                self.content[index] = place
+                room = self._room(resumption.offset, a_map.n_bytes)
+                self._settle(buffer)
+                coming.append(FilledPlace(room, self._block(buffer), a_map.shape, a_map.dtype))
+                self.content[index] = coming[-1]
+        for piece in range(PIECES):
+            for place in coming:
+                place.start_piece(piece)
 
 
 def finish(cursors: Iterable[Cursor]) -> None:

@@ -46,11 +46,18 @@ class Buffer:
 
     @property
     def pause(self) -> tuple[int, int] | None:
-        """Return the actions around the longest time in which nothing reads it, if there is one."""
+        """Return the longest time in which nothing reads it, if there is one.
+
+        The last action before, and the one from which on it is there again: where there is time,
+        one ahead of its reader, so that it comes back while another segment is run.
+        """
         if not self.is_content:
             return None
         gaps = [(b - a, a, b) for a, b in pairwise(self.touches) if b - a > 1]
-        return max(gaps)[1:] if gaps else None
+        if not gaps:
+            return None
+        length, before, reader = max(gaps)
+        return before, reader - 1 if length > 2 else reader
 
 
 class Needs:

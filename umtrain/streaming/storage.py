@@ -17,6 +17,8 @@ from umtrain.streaming.rows import Strip
 _ROOMS = 3
 # Host memory takes a copy fastest from memory that lies as the copy does, modulo this.
 ALIGNMENT_BYTES = 4096
+# Maps that come back together do so in turns, this many parts each.
+PIECES = 32
 
 
 class Pending(Protocol):
@@ -100,11 +102,9 @@ class TensorPlace(Place):
         return _ViewCursor(self._content, strips, self._dtype)
 
 
-def in_arena(
-    arena: Tensor, offset_bytes: int, shape: tuple[int, int, int, int], dtype: torch.dtype
-) -> TensorPlace:
-    """Return the place of a map at an offset of the arena, uint8."""
-    return TensorPlace(_as_map(arena[offset_bytes:], shape, dtype))
+def in_arena(room: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> TensorPlace:
+    """Return the place of a map in a part of the arena, uint8."""
+    return TensorPlace(_as_map(room, shape, dtype))
 
 
 def _as_map(room: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -133,7 +133,10 @@ class HostPlace(Place):
 
 
 class CopiedPlace(Place):
-    """A map in the arena that is copied to host memory as it is made."""
+    """A map in the arena that is copied to host memory as it is made.
+
+    The copies go on behind what is computed next; `settle` before anything else lies in `room`.
+    """
 
     def __init__(
         self,
@@ -142,44 +145,43 @@ class CopiedPlace(Place):
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
     ) -> None:
-        self._room, self._block, self._layout = room, block, _Rows(shape, dtype)
+        self.room, self._block, self._layout = room, block, _Rows(shape, dtype)
         self._content = TensorPlace(_as_map(room, shape, dtype))
+        self._pending: list[Pending] = []
 
     def cursor(self, strips: Sequence[Strip], reads: bool, writes: bool) -> Cursor:
         """See `Place`."""
         view = self._content.cursor(strips, reads, writes)
-        if not writes:
-            return view
-        return _CopyingCursor(view, self._room, self._block, self._layout, strips)
+        return _CopyingCursor(self, view, strips) if writes else view
+
+    def start_copy(self, strip: Strip) -> None:
+        """Begin to copy a strip, which is all written."""
+        start, stop = self._layout.extent(strip)
+        self._pending.append(self._block.start_write(start, self.room[start:stop]))
+
+    def settle(self) -> None:
+        """Wait until host memory has all of it."""
+        for pending in self._pending:
+            pending.wait()
+        self._pending.clear()
 
 
 class _CopyingCursor(Cursor):
-    def __init__(
-        self,
-        view: Cursor,
-        room: Tensor,
-        block: HostBlock,
-        layout: "_Rows",
-        strips: Sequence[Strip],
-    ) -> None:
-        self._view, self._room, self._block = view, room, block
-        self._layout, self._strips = layout, strips
-        self._pending: list[Pending] = []
+    def __init__(self, place: CopiedPlace, view: Cursor, strips: Sequence[Strip]) -> None:
+        self._place, self._view, self._strips = place, view, strips
 
     def get(self, i: int) -> Tensor:
         return self._view.get(i)
 
     def commit(self, i: int) -> None:
-        start, stop = self._layout.extent(self._strips[i])
-        self._pending.append(self._block.start_write(start, self._room[start:stop]))
+        self._place.start_copy(self._strips[i])
 
     def finish(self) -> None:
-        for pending in self._pending:
-            pending.wait()
+        pass
 
 
 class FilledPlace(Place):
-    """A map that comes back from host memory to the arena while it is first read."""
+    """A map that comes back from host memory to the arena, in pieces, ahead of its reader."""
 
     def __init__(
         self,
@@ -188,52 +190,43 @@ class FilledPlace(Place):
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
     ) -> None:
-        self.room, self.block, self.layout = room, block, _Rows(shape, dtype)
-        self.content = TensorPlace(_as_map(room, shape, dtype))
-        self.asked_bytes = 0
+        self._room, self._block, self.layout = room, block, _Rows(shape, dtype)
+        self._content = TensorPlace(_as_map(room, shape, dtype))
+        self._pending: deque[tuple[int, Pending]] = deque()
+
+    def start_piece(self, i: int) -> None:
+        """Begin to bring piece i back, of PIECES from the first row to the last."""
+        piece_bytes = -(-self.layout.n_bytes // PIECES)
+        piece_bytes = -(-piece_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        start = i * piece_bytes
+        piece = self._room[start : min(start + piece_bytes, self.layout.n_bytes)]
+        if start < self.layout.n_bytes:
+            self._pending.append((start, self._block.start_read(start, piece)))
+
+    def wait_until(self, end: int) -> None:
+        """Wait until all bytes before `end` are back."""
+        while self._pending and self._pending[0][0] < end:
+            self._pending.popleft()[1].wait()
 
     def cursor(self, strips: Sequence[Strip], reads: bool, writes: bool) -> Cursor:
         """See `Place`."""
         assert not writes
-        view = self.content.cursor(strips, reads, writes)
-        if self.asked_bytes == self.layout.n_bytes:
-            return view
-        return _FillingCursor(self, view, strips)
+        return _FilledCursor(self, self._content.cursor(strips, reads, writes), strips)
 
 
-class _FillingCursor(Cursor):
-    """Asks for all bytes up to the end of the strip after the one that is read."""
-
+class _FilledCursor(Cursor):
     def __init__(self, place: FilledPlace, view: Cursor, strips: Sequence[Strip]) -> None:
         self._place, self._view, self._strips = place, view, strips
-        self._pending: deque[tuple[int, Pending]] = deque()
 
     def get(self, i: int) -> Tensor:
-        end = self._ask(i)
-        if i + 1 < len(self._strips):
-            self._ask(i + 1)
-        while self._pending and self._pending[0][0] < end:
-            self._pending.popleft()[1].wait()
+        self._place.wait_until(self._place.layout.extent(self._strips[i])[1])
         return self._view.get(i)
 
     def commit(self, i: int) -> None:
         raise AssertionError("a map that comes back is only read")
 
     def finish(self) -> None:
-        self._ask_until(self._place.layout.n_bytes)
-        while self._pending:
-            self._pending.popleft()[1].wait()
-
-    def _ask(self, i: int) -> int:
-        end = self._place.layout.extent(self._strips[i])[1]
-        self._ask_until(end)
-        return end
-
-    def _ask_until(self, end: int) -> None:
-        place, start = self._place, self._place.asked_bytes
-        if end > start:
-            self._pending.append((start, place.block.start_read(start, place.room[start:end])))
-            place.asked_bytes = end
+        self._place.wait_until(self._place.layout.n_bytes)
 
 
 class _Rows:
