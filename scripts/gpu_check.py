@@ -7,8 +7,8 @@ the rows, so that a difference that is the kernels' own is told from one of a st
 than vanilla's do in the same precision; in float64 itself, by 1e-11. It is run as it is, recorded
 as CUDA graphs from the second step on, and with all maps in pinned memory: both must give the same.
 Rounding that takes a rectifier across zero changes a gradient by far more than rounding does, and
-where that happens is chance: so it is the root mean square over several draws of weights and images
-that counts. All errors are in the output.
+whether that happens is chance: so several draws of weights and images are judged by a sign test.
+All errors are in the output.
 Mechanism: see gpu_mechanism.py.
 Throughput: ResNet-50, images/s over timed steps after warm-up, strategies in turn; those that keep
 a device budget in software once more, under the smallest share of vanilla's peak that runs.
@@ -50,7 +50,7 @@ STRATEGIES = (*SAME_BITS, "stream")
 PARTS = ("contract", "mechanism", "throughput")
 KEEPING_A_BUDGET = ("lms", "vdnn", "checkpoint", "stream")
 SHARES_OF_VANILLA = (0.5, 0.7, 0.9, 1.1)  # budgets that are tried in turn
-N_DRAWS = 5
+N_DRAWS = 8
 N_SOAK_STEPS = 200
 MANAGED_LIMIT_BYTES = 8 * 2**30
 N_STEPS = 5
@@ -152,12 +152,17 @@ def check_streaming(rows: list[dict[str, object]]) -> None:
 
 
 def is_as_exact(row: dict[str, object]) -> bool:
-    """Return whether streaming erred as little as ordinary training, or by 1e-11 in float64."""
+    """Return whether streaming errs no more than ordinary training, or by 1e-11 in float64.
+
+    A sign test, at 5%: it may err more (by 5%) in some draws, but not in nearly all.
+    """
     streamed, plain = row["errors_against_float64"], row["errors_of_vanilla"]
     if row["precision"] == "float64":
         small = max(streamed) <= 1e-11
     else:
-        small = math.hypot(*streamed) <= 1.05 * math.hypot(*plain)
+        n_worse = sum(a > 1.05 * b for a, b in zip(streamed, plain, strict=True))
+        ways = sum(math.comb(len(plain), k) for k in range(n_worse, len(plain) + 1))
+        small = ways / 2 ** len(plain) > 0.05
     return small and bool(row["same_when_swapping"])
 
 

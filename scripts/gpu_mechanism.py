@@ -3,8 +3,8 @@
 One step of ResNet-50 each, after warm-up. `um_group_prefetch`: every saved tensor is managed
 memory, ranges sent to the host say so before backward starts, and ranges asked for say so after
 it. `lms`, `um_group_prefetch` and `stream`: copies and migrations are timed by CUDA events on
-their own streams, kernels by the profiler; the overlap is the share of moving time in which a
-kernel ran too.
+their own streams, kernels by the profiler; the overlap is the share of the kernels' time, in
+forward for what goes out and in backward for what comes in, beside which something moved.
 
 Prints one JSON document; with a path as argument, draws the timelines there.
 """
@@ -38,6 +38,7 @@ MANAGED_LIMIT_BYTES = 8 * 2**30
 # Less than the feature maps take; `lms` moves all of them whatever it is given.
 ROOM_BYTES = {"lms": 5 * 2**30, "um_group_prefetch": 2 * 2**30, "stream": 2 * 2**30}
 N_WARM_UP_STEPS = 3
+BESIDE: dict[Lane, Lane] = {"swap-out": "forward", "swap-in": "backward"}
 
 
 class Clock:
@@ -120,16 +121,19 @@ def count_managed(addresses: list[int]) -> dict[str, int]:
 
 
 def overlap(spans: list[Span], lane: Lane) -> dict[str, float]:
-    """Return the time that a lane moves, and the share of it in which a kernel ran."""
+    """Return the time that a lane moves, and the share of the kernels' time beside it."""
     moving = merged([(s.start_s, s.end_s) for s in spans if s.lane == lane])
-    busy = merged([(s.start_s, s.end_s) for s in spans if s.lane in ("forward", "backward")])
-    total_s = sum(end - start for start, end in moving)
+    busy = merged([(s.start_s, s.end_s) for s in spans if s.lane == BESIDE[lane]])
+    busy_s = sum(stop - begin for begin, stop in busy)
     both_s = sum(
         max(0.0, min(end, stop) - max(start, begin))
         for start, end in moving
         for begin, stop in busy
     )
-    return {"seconds": total_s, "share_beside_kernels": both_s / total_s if total_s else 0.0}
+    return {
+        "seconds": sum(end - start for start, end in moving),
+        "share_of_kernels_beside": both_s / busy_s,
+    }
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -90,6 +90,12 @@ mapped_bytes = linux.data_bytes()
 # Of 7.5 MiB each: what the heap has free would do.
 model = nn.Sequential(*(nn.Tanh() for _ in range(40)))
 x = torch.randn(1, 8, 480, 512, requires_grad=True)
+strategy = memory.create("vanilla", device_budget="1GiB")
+strategy.prepare(model, x)
+strategy.close()
+pieces = [torch.ones(2**20) for _ in range(60)]
+print("again" if linux.data_bytes() < mapped_bytes + 2**26 else "lost")
+del pieces
 strategy = memory.create("vanilla", device_budget="128MiB")
 strategy.prepare(model, x)
 try:
@@ -99,9 +105,6 @@ try:
 except OutOfMemoryError:
     print("oom")
 strategy.close()
-recycle_large_buffers()
-pieces = [torch.ones(2**20) for _ in range(60)]
-print("again" if linux.data_bytes() < mapped_bytes + 2**26 else "lost")
 """
 
 
@@ -114,8 +117,8 @@ def used_heap():
 
 
 def test_what_a_used_heap_has_free_is_no_part_of_the_budget(used_heap):
-    assert used_heap[0] == "oom"
+    assert used_heap[1] == "oom"
 
 
 def test_the_heap_has_it_again_when_the_budget_is_lifted(used_heap):
-    assert used_heap[1] == "again"
+    assert used_heap[0] == "again"

@@ -22,7 +22,7 @@ import torch
 
 from umtrain.memory import linux
 from umtrain.memory.budget import DeviceBudget
-from umtrain.memory.io_threads import start_io_thread
+from umtrain.memory.io_threads import start_io_threads
 from umtrain.memory.layout import Layout
 from umtrain.memory.meters import Meter
 from umtrain.memory.paging import Paged, Pager
@@ -94,8 +94,8 @@ class MappedPager(Pager):
         self._lock = threading.Lock()
         self._pages: OrderedDict[int, _Pages] = OrderedDict()  # least recently used first
         self._in_bytes = 0
-        self._outward = start_io_thread("page-out")
-        self._inward = start_io_thread("page-in")
+        self._outward = start_io_threads("page-out")
+        self._inward = start_io_threads("page-in")
 
     def begin(self, budget: DeviceBudget) -> None:
         """See `Pager` and Note: [Nothing is copied where all of it fits]."""

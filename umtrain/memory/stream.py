@@ -33,6 +33,7 @@ _STRIPS_IN_BUDGET = 256
 _COMPILED_BYTES = {"cpu": 96 * 2**20, "cuda": 0}
 _LEAST_STRIP_BYTES = {"cpu": 2**20, "cuda": 2**24}
 _SHARE_OF_FREE = 0.85
+_SHARE_OF_FRAGMENTS = 1 / 32  # of a budget: what an allocator holds between what it handed out
 
 
 def allocate(n_bytes: int, device: torch.device) -> torch.Tensor:
@@ -119,8 +120,11 @@ class Stream(Strategy):
         if left_bytes is None:
             is_cuda = self.options.device == "cuda"
             left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else available_bytes()
-        if self.options.device_budget_bytes is None:
+        budget_bytes = self.options.device_budget_bytes
+        if budget_bytes is None:
             left_bytes = int(_SHARE_OF_FREE * left_bytes)
+        else:
+            left_bytes -= int(_SHARE_OF_FRAGMENTS * budget_bytes)
         return left_bytes - self._other_bytes()
 
     def _other_bytes(self) -> int:

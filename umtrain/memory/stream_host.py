@@ -8,17 +8,20 @@ from torch import Tensor
 
 from umtrain.memory.available import available_bytes
 from umtrain.memory.cuda_driver import CudaDriver, Event
-from umtrain.memory.io_threads import start_io_thread
+from umtrain.memory.io_threads import start_io_threads
 from umtrain.memory.meters import Meter
 from umtrain.memory.spill import SpillBlock, SpillFile
 from umtrain.memory.trace import Trace, now_s
 from umtrain.streaming.storage import HostBlock, HostMemory, Pending
 
 _SHARE_OF_FREE = 0.85
+_N_THREADS = 2  # each way: a disk with one request at a time is idle between them
 
 
 class FileHost(HostMemory):
-    """Blocks of a spill file, read by one thread and written by another.
+    """Blocks of a spill file, read by some threads and written by others.
+
+    So transfers end in no particular order: who needs one waits for it.
 
     The file is made when something is to be put out. Raises DeviceError or OutOfMemoryError where
     there is no room.
@@ -31,8 +34,8 @@ class FileHost(HostMemory):
         self.meter, self.trace = meter, trace
         self._cleanup = ExitStack()
         self._spill: SpillFile | None = None
-        self.reader = start_io_thread("stream-in")
-        self.writer = start_io_thread("stream-out")
+        self.reader = start_io_threads("stream-in", _N_THREADS)
+        self.writer = start_io_threads("stream-out", _N_THREADS)
         for executor in (self.reader, self.writer):
             self._cleanup.callback(executor.shutdown)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from umtrain.memory.io_threads import start_io_thread
+from umtrain.memory.io_threads import start_io_threads
 from umtrain.memory.layout import Layout
 from umtrain.memory.spill import SpillBlock, SpillFile
 from umtrain.memory.swap import Channel, HostCopy
@@ -76,10 +76,10 @@ class FileChannel(Channel):
     def __init__(
         self, directory: Path | None, reserve_bytes: int, limit_bytes: int | None, trace: Trace
     ) -> None:
-        self._spill = SpillFile(directory, reserve_bytes, limit_bytes)
+        self._spill = SpillFile(directory, reserve_bytes, limit_bytes, is_direct=True)
         self.trace = trace
-        self.outward = start_io_thread("swap-out")
-        self.inward = start_io_thread("swap-in")
+        self.outward = start_io_threads("swap-out")
+        self.inward = start_io_threads("swap-in")
 
     def serves(self, tensor: torch.Tensor) -> bool:
         """See `Channel`."""

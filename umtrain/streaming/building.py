@@ -54,7 +54,8 @@ class _Shapes(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
-        if not isinstance(module, nn.BatchNorm2d):
+        is_measured = module.training or getattr(module, "running_mean", None) is None
+        if not (isinstance(module, nn.BatchNorm2d) and is_measured):
             return super().call_module(target, args, kwargs)
         return nn.functional.batch_norm(
             args[0], None, None, module.weight, module.bias, training=True

@@ -37,7 +37,7 @@ class Speeds:
     """What the choice between running again and putting out is made by; orders of magnitude do."""
 
     flops_per_s: float = 3e11
-    host_bytes_per_s: float = 2e9
+    host_bytes_per_s: float = 4e9
 
 
 @dataclass(frozen=True)
