@@ -5,9 +5,9 @@ from typing import Self
 
 import torch
 
-# Vectorised kernels may sum in another order at another alignment, so a tensor keeps its address
-# modulo a cache line wherever it is put; modulo a page, so that direct I/O takes it as it lies.
-ALIGNMENT_BYTES = 4096
+# Vectorised kernels may sum in another order at another alignment; the bytes of a cache line
+# decide, so a tensor keeps its address modulo 64 wherever it is put.
+ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)

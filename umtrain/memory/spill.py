@@ -21,7 +21,7 @@ import torch
 from umtrain.errors import DeviceError, OutOfMemoryError
 from umtrain.memory import linux
 from umtrain.memory.arena import Arena
-from umtrain.memory.layout import ALIGNMENT_BYTES, Layout, span_of
+from umtrain.memory.layout import Layout, span_of
 from umtrain.memory.positioned import PositionedFile
 from umtrain.units import format_bytes
 
@@ -48,12 +48,6 @@ class SpillBlock:
         Unlike a copy into the mapping this faults no page and reads none back first.
         """
         self.write_at(layout.lead_bytes, span_of(tensor, layout.span_bytes))
-
-    def make_room(self) -> torch.Tensor:
-        """Return fresh memory for `read_into`, uint8 (n_bytes,), aligned as the block is."""
-        room = torch.empty(self.n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
-        lead = -room.data_ptr() % ALIGNMENT_BYTES
-        return room[lead : lead + self.n_bytes]
 
     def read_into(self, room: torch.Tensor, offset: int = 0) -> None:
         """Fill `room`, uint8, with the block's bytes from `offset` on."""

@@ -12,24 +12,37 @@ from pathlib import Path
 import torch
 
 from umtrain.memory.io_threads import start_io_threads
-from umtrain.memory.layout import Layout
+from umtrain.memory.layout import Layout, span_of
 from umtrain.memory.spill import SpillBlock, SpillFile
 from umtrain.memory.swap import Channel, HostCopy
 from umtrain.memory.trace import Trace, now_s
+from umtrain.streaming.storage import ALIGNMENT_BYTES
+
+_LARGE_BYTES = 2**20
+
+
+def is_large(layout: Layout) -> bool:
+    """Return whether a span is worth the room that a place like its address takes."""
+    return layout.span_bytes >= _LARGE_BYTES
 
 
 class FileCopy(HostCopy):
-    """A storage span in the spill file."""
+    """A storage span in the spill file; a large one lies so that direct I/O takes it as it is."""
 
-    def __init__(self, channel: "FileChannel", block: SpillBlock) -> None:
+    def __init__(self, channel: "FileChannel", block: SpillBlock, layout: Layout) -> None:
         self._channel = channel
         self._block = block
+        self._layout = layout
+        self._offset = layout.lead_bytes  # of the span in the block
         self._out: Future[None] | None = None
         self._in: Future[torch.Tensor] | None = None
 
     def start_out(self, source: torch.Tensor, layout: Layout) -> None:
         """See `HostCopy`."""
-        self._out = self._channel.outward.submit(self._write, source, layout)
+        if is_large(layout):
+            self._offset = source.data_ptr() % ALIGNMENT_BYTES
+        span = span_of(source, layout.span_bytes)
+        self._out = self._channel.outward.submit(self._write, span)
 
     def is_out(self) -> bool:
         """See `HostCopy`."""
@@ -45,8 +58,10 @@ class FileCopy(HostCopy):
 
     def start_in(self) -> None:
         """See `HostCopy`."""
-        room = self._block.make_room()  # See Note: [Room is allocated by the thread that computes]
-        self._in = self._channel.inward.submit(self._read, room)
+        # See Note: [Room is allocated by the thread that computes]
+        room = torch.empty(self._layout.room_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
+        shift = self._offset - self._layout.lead_bytes - room.data_ptr()
+        self._in = self._channel.inward.submit(self._read, room[shift % ALIGNMENT_BYTES :])
 
     def is_in(self) -> bool:
         """See `HostCopy`."""
@@ -58,15 +73,16 @@ class FileCopy(HostCopy):
         room, self._in = self._in.result(), None
         return room
 
-    def _write(self, source: torch.Tensor, layout: Layout) -> None:
+    def _write(self, span: torch.Tensor) -> None:
         start_s = now_s()
-        self._block.write(source, layout)
-        self._channel.trace.add("swap-out", "write", start_s, self._block.n_bytes)
+        self._block.write_at(self._offset, span)
+        self._channel.trace.add("swap-out", "write", start_s, span.nbytes)
 
     def _read(self, room: torch.Tensor) -> torch.Tensor:
         start_s = now_s()
-        self._block.read_into(room)
-        self._channel.trace.add("swap-in", "read", start_s, self._block.n_bytes)
+        span = room[self._layout.lead_bytes : self._layout.room_bytes]
+        self._block.read_into(span, self._offset)
+        self._channel.trace.add("swap-in", "read", start_s, span.nbytes)
         return room
 
 
@@ -87,7 +103,9 @@ class FileChannel(Channel):
 
     def reserve(self, layout: Layout) -> FileCopy:
         """See `Channel`."""
-        return FileCopy(self, self._spill.take(layout.room_bytes))
+        lead_bytes = ALIGNMENT_BYTES if is_large(layout) else layout.lead_bytes
+        block = self._spill.take(layout.span_bytes + lead_bytes)
+        return FileCopy(self, block, layout)
 
     def used_bytes(self) -> int:
         """See `Channel`."""

@@ -54,7 +54,7 @@ class Backward:
         """Run the actions that follow forward."""
         for index, action in enumerate(self._compiled.plan.schedule.actions):
             if action.kind != "forward":
-                self._session.resume(index)
+                self._session.places.resume(index)
             if action.kind == "again":
                 self._session.run_forward(action)
             elif action.kind == "backward":
@@ -138,7 +138,7 @@ class Backward:
         norms = [norm for norm in program.norms_of(index) if norm.index in session.coefficients]
         measured = [norm for norm in norms if norm.domain != "fixed"]
         if measured:
-            content = session.content[index].cursor(cut, reads=True, writes=False)
+            content = session.places.content[index].cursor(cut, reads=True, writes=False)
         effects = [self._norm_gradient(norm.index) for norm in measured]
         if own is not None:
             scale = session.coefficients[own].scale
@@ -249,7 +249,7 @@ class Backward:
                 memory_format=torch.channels_last,
             )
             return TensorPlace(self.inputs[index])
-        return self._session.place(self._compiled.plan.schedule.gradient[index], index)
+        return self._session.places.place(self._compiled.plan.schedule.gradient[index], index)
 
     def _send(
         self,

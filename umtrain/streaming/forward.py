@@ -9,23 +9,13 @@ from torch import Tensor
 from umtrain.streaming.kernels import Kernels, arithmetic_dtype
 from umtrain.streaming.norms import Moments, Statistics, coefficients, statistics_of
 from umtrain.streaming.operations import GlobalPooling, Operation, Weights
+from umtrain.streaming.places import Places
 from umtrain.streaming.plan import Plan
 from umtrain.streaming.pointwise import Coefficients, Evaluator, Sums
 from umtrain.streaming.program import Norm, Program, Segment, masks_of, terms_of
 from umtrain.streaming.rows import Strip, clipped, strips
 from umtrain.streaming.schedule import Action, Needs
-from umtrain.streaming.storage import (
-    PIECES,
-    CopiedPlace,
-    Cursor,
-    FilledPlace,
-    HostBlock,
-    HostMemory,
-    HostPlace,
-    Place,
-    TensorPlace,
-    in_arena,
-)
+from umtrain.streaming.storage import Cursor, HostMemory
 
 Progress = Callable[[int], None]
 
@@ -66,30 +56,25 @@ class Session:
     ) -> None:
         self.compiled = compiled
         self.program = compiled.program
-        self._arena, self._host, self.progress = arena, host, progress
-        self._blocks: dict[int, HostBlock] = {}
-        self._leaving: dict[int, CopiedPlace] = {}
-        self.content: dict[int, Place] = {}
+        self.progress = progress
+        self.places = Places(compiled.program, compiled.plan, arena, host, inputs)
         self.statistics: dict[int, Statistics] = {}
         self.coefficients: dict[int, Coefficients] = {}
         self._moments: dict[int, Moments] = {}
         self.sums: dict[int, Sums] = {}
         self._pooled: dict[int, Pooled] = {}
         self._weights: dict[int, Weights] = {}
-        self.outputs: dict[int, Tensor] = {}
         self.evaluator = Evaluator(self.program, compiled.kernels, self.coefficients, self.sums)
-        for index, tensor in zip(self.program.inputs, inputs, strict=True):
-            self.content[index] = TensorPlace(tensor, self.program.maps[index].dtype)
 
     def forward(self) -> list[Tensor]:
         """Run the forward pass; return the program's outputs in order."""
         for index, action in enumerate(self.compiled.plan.schedule.actions):
             if action.kind == "forward":
-                self.resume(index)
+                self.places.resume(index)
                 self.run_forward(action)
                 self.progress(index)
         return [
-            self.outputs[index] if kind == "map" else self._pooled_output(index)
+            self.places.outputs[index] if kind == "map" else self._pooled_output(index)
             for kind, index in self.program.outputs
         ]
 
@@ -108,7 +93,7 @@ class Session:
             self._pool(segment)
             return
         assert segment.out is not None
-        self._place_content(segment.out, action.kind)
+        self.places.hold(segment.out, action.kind)
         norms = self._measured_norms(segment.out) if is_first else []
         moments = self._new_moments(segment.out) if norms else None
         self._make_map(segment, moments)
@@ -121,7 +106,7 @@ class Session:
         cut = list(strips(n_images, n_rows, self.rows_per_strip(segment)))
         needed = [self._source_rows(segment, strip) for strip in cut]
         cursors = self.source_cursors(segment, needed)
-        out = self.content[segment.out].cursor(cut, reads=False, writes=True)
+        out = self.places.content[segment.out].cursor(cut, reads=False, writes=True)
         for i, strip in enumerate(cut):
             fetched = {index: cursor.get(i) for index, cursor in cursors.items()}
             room = out.get(i)
@@ -164,7 +149,7 @@ class Session:
     def _draw_masks(self, segment: Segment) -> None:
         for mask in self.program.masks:
             if mask.segment == segment.index:
-                self._place_content(mask.map, "forward")
+                self.places.hold(mask.map, "forward")
                 shape = self.program.maps[mask.map].shape
                 drawn = torch.empty(
                     shape,
@@ -173,7 +158,7 @@ class Session:
                     memory_format=torch.channels_last,
                 ).bernoulli_(mask.keep)
                 cut = list(strips(shape[0], shape[2], self.compiled.strip_bytes))
-                cursor = self.content[mask.map].cursor(cut, reads=False, writes=True)
+                cursor = self.places.content[mask.map].cursor(cut, reads=False, writes=True)
                 for i, strip in enumerate(cut):
                     part = drawn[strip.image : strip.image_end, :, strip.first : strip.last]
                     cursor.get(i).copy_(part)
@@ -207,7 +192,7 @@ class Session:
     def source_cursors(self, segment: Segment, needed: Sequence[Strip]) -> dict[int, Cursor]:
         """Return cursors on the maps and masks that a segment reads."""
         indices = [*segment.sources, *masks_of(segment.source)]
-        return {i: self.content[i].cursor(needed, reads=True, writes=False) for i in indices}
+        return {i: self.places.content[i].cursor(needed, reads=True, writes=False) for i in indices}
 
     def padded(
         self,
@@ -300,7 +285,7 @@ class Session:
         a_map = self.program.maps[index]
         rows = max(1, self.compiled.strip_bytes // a_map.row_bytes)
         cut = list(strips(a_map.shape[0], a_map.shape[2], rows))
-        cursor = self.content[index].cursor(cut, reads=True, writes=False)
+        cursor = self.places.content[index].cursor(cut, reads=True, writes=False)
         for i, strip in enumerate(cut):
             content = cursor.get(i)
             self._keep(content, content, strip, moments)
@@ -344,77 +329,6 @@ class Session:
         if segment.operation.kind == "avg":
             return gradient / (rows * columns)
         return gradient.masked_fill(self._pooled[segment.pooled].strip[images] != i, 0)
-
-    # Places -----------------------------------------------------------------------------------
-
-    def _place_content(self, index: int, kind: str) -> None:
-        schedule = self.compiled.plan.schedule
-        if index not in schedule.forward:
-            self.content[index] = self._output_place(index)
-            return
-        buffers = schedule.forward if kind == "forward" else schedule.backward
-        self.content[index] = self.place(buffers[index], index)
-
-    def _output_place(self, index: int) -> TensorPlace:
-        a_map = self.program.maps[index]
-        self.outputs[index] = torch.empty(
-            a_map.shape,
-            dtype=a_map.dtype,
-            device=self.compiled.device,
-            memory_format=torch.channels_last,
-        )
-        return TensorPlace(self.outputs[index])
-
-    def place(self, buffer: int, index: int) -> Place:
-        """Return where a buffer lies that holds something of map `index`'s shape."""
-        a_map, plan = self.program.maps[index], self.compiled.plan
-        offset = plan.offsets[buffer]
-        if offset is None:
-            return HostPlace(self._block(buffer), a_map.shape, a_map.dtype, self.compiled.device)
-        room = self._room(offset, a_map.n_bytes)
-        if plan.stays[buffer] == "kept":
-            return in_arena(room, a_map.shape, a_map.dtype)
-        place = CopiedPlace(room, self._block(buffer), a_map.shape, a_map.dtype)
-        self._leaving[buffer] = place
-        return place
-
-    def _room(self, offset: int, n_bytes: int) -> Tensor:
-        """Return a part of the arena; what is still being copied from there is waited for."""
-        room = self._arena[offset : offset + n_bytes]
-        start, stop = room.data_ptr(), room.data_ptr() + n_bytes
-        for buffer, place in list(self._leaving.items()):
-            first = place.room.data_ptr()
-            if first < stop and start < first + place.room.nbytes:
-                self._settle(buffer)
-        return room
-
-    def _settle(self, buffer: int) -> None:
-        place = self._leaving.pop(buffer, None)
-        if place is not None:
-            place.settle()
-
-    def _block(self, buffer: int) -> HostBlock:
-        if buffer not in self._blocks:
-            assert self._host is not None
-            n_bytes = self.compiled.plan.schedule.buffers[buffer].n_bytes
-            self._blocks[buffer] = self._host.take(n_bytes)
-        return self._blocks[buffer]
-
-    def resume(self, action: int) -> None:
-        """Let swapped maps that are to be on the device from an action on come back."""
-        plan = self.compiled.plan
-        coming: list[FilledPlace] = []
-        for index, buffer in plan.schedule.backward.items():
-            resumption = plan.resumed.get(buffer)
-            if resumption is not None and resumption.action == action:
-                a_map = self.program.maps[index]
-                room = self._room(resumption.offset, a_map.n_bytes)
-                self._settle(buffer)
-                coming.append(FilledPlace(room, self._block(buffer), a_map.shape, a_map.dtype))
-                self.content[index] = coming[-1]
-        for piece in range(PIECES):
-            for place in coming:
-                place.start_piece(piece)
 
 
 def finish(cursors: Iterable[Cursor]) -> None:
