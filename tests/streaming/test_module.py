@@ -188,3 +188,14 @@ def test_the_plan_is_known_before_a_step():
     assert plan.arena_bytes > 0
     assert plan.host_bytes == 0
     assert "feature maps" in plan.summary()
+
+
+def test_evaluation_has_the_room_that_training_is_done_with():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    left_bytes = iter([2**22, 0])  # the arena has what training found free
+    streamer = Streamer(model, Settings(lambda: next(left_bytes), None, 4096))
+    x = torch.randn(1, 2, 20, 20)
+    streamer(x).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(streamer(x), model(x), atol=1e-5)

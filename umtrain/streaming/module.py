@@ -121,7 +121,10 @@ class _Part(nn.Module):
         needs = Needs(program, [x.requires_grad for x in inputs], torch.is_grad_enabled())
         settings = self._settings
         room_bytes = None if settings.host is None else settings.host.room_bytes
-        plan = make_plan(program, needs, settings.budget_bytes(), room_bytes)
+        budget_bytes = settings.budget_bytes()
+        if budget_bytes is not None:
+            budget_bytes += self._arenas.idle_bytes
+        plan = make_plan(program, needs, budget_bytes, room_bytes)
         strip_bytes = settings.strip_bytes or STRIP_BYTES[self._device.type]
         kernels = create_kernels(self._device)
         compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes)

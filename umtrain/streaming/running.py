@@ -62,6 +62,11 @@ class Arenas:
         self._free.clear()
         return self._allocate(n_bytes, self.device)
 
+    @property
+    def idle_bytes(self) -> int:
+        """Return the memory that no step uses now; a step that has no use for it lets it go."""
+        return sum(arena.nbytes for arena in self._free)
+
     def claim(self, arena: Tensor) -> bool:
         """Take this very arena; False if it is in use."""
         for position, free in enumerate(self._free):
