@@ -22,9 +22,8 @@ def spills(monkeypatch, room):
 
 
 def test_steps_are_vanilla_s_when_maps_go_through_the_spill_file(spills, train, tmp_path):
-    build = lambda: models.create("resunet35", in_channels=1, n_outputs=2).double()  # noqa: E731
     torch.manual_seed(0)
-    fresh = build()
+    fresh = models.create("resunet35", in_channels=1, n_outputs=2).double()
     shape = (2, 1, 128, 128)
     outcomes = [
         train(name, lambda: deepcopy(fresh), shape, n_steps=3, dtype=torch.float64, **options)

@@ -28,7 +28,10 @@ def strip(channels: int, dtype: torch.dtype) -> torch.Tensor:
 
 def terms_for(kind: tuple[str, ...], channels: int, dtype: torch.dtype):
     wide = arithmetic_dtype(dtype)
-    coefficient = lambda: torch.randn(channels, dtype=wide)  # noqa: E731
+
+    def coefficient() -> torch.Tensor:
+        return torch.randn(channels, dtype=wide)
+
     terms = [
         Affine(strip(channels, dtype), *((coefficient(), coefficient()) if k == "scaled" else ()))
         for k in kind

@@ -21,6 +21,9 @@ from umtrain.streaming.storage import ALIGNMENT_BYTES
 _log = logging.getLogger(__name__)
 
 _LARGEST_CALL_BYTES = 2**30
+_CACHED_TEXT = (
+    "the spill file goes through the page cache, which is slower: no direct I/O here (%s)"
+)
 
 
 class PositionedFile:
@@ -75,7 +78,8 @@ def _open_direct(fd: int) -> int:
     """Open the file behind `fd` again, for direct I/O; -1 if its filesystem has none."""
     try:
         direct_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError:
+    except OSError as error:
+        _log.info(_CACHED_TEXT, error.strerror)
         return -1
     if _works(fd, direct_fd):
         return direct_fd
@@ -90,5 +94,5 @@ def _works(fd: int, direct_fd: int) -> bool:
         with mmap(-1, ALIGNMENT_BYTES) as page:  # mappings are aligned
             return os.pwrite(direct_fd, page, 0) == ALIGNMENT_BYTES
     except OSError as error:
-        _log.info("spill file: through the page cache (%s)", error.strerror)
+        _log.info(_CACHED_TEXT, error.strerror)
         return False

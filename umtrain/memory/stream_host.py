@@ -11,6 +11,7 @@ from umtrain.memory.cuda_driver import CudaDriver, Event
 from umtrain.memory.io_threads import start_io_threads
 from umtrain.memory.meters import Meter
 from umtrain.memory.spill import SpillBlock, SpillFile
+from umtrain.memory.swap_pinned import PinnedChannel
 from umtrain.memory.trace import Trace, now_s
 from umtrain.streaming.storage import HostBlock, HostMemory, Pending
 
@@ -109,8 +110,6 @@ class PinnedHost(HostMemory):
     """
 
     def __init__(self, driver: CudaDriver, limit_bytes: int | None, meter: Meter) -> None:
-        from umtrain.memory.swap_pinned import PinnedChannel
-
         self.driver, self.meter, self._limit_bytes = driver, meter, limit_bytes
         self._channel = PinnedChannel(driver, "cuda", limit_bytes)
 
@@ -138,13 +137,13 @@ class PinnedHost(HostMemory):
 class _PinnedBlock(HostBlock):
     buffer: Tensor
 
-    def __init__(self, host: PinnedHost, channel: object) -> None:
+    def __init__(self, host: PinnedHost, channel: PinnedChannel) -> None:
         self._host, self._channel = host, channel
         self._written: Event | None = None
 
     def __del__(self) -> None:
         if hasattr(self, "buffer"):
-            self._channel.give_back(self.buffer)  # type: ignore[attr-defined]
+            self._channel.give_back(self.buffer)
 
     def start_write(self, offset_bytes: int, source: Tensor) -> Pending:
         driver = self._host.driver

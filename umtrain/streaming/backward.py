@@ -241,13 +241,7 @@ class Backward:
 
     def _gradient_place(self, index: int) -> Place:
         if index in self._program.inputs:
-            a_map = self._program.maps[index]
-            self.inputs[index] = torch.empty(
-                a_map.shape,
-                dtype=a_map.dtype,
-                device=self._compiled.device,
-                memory_format=torch.channels_last,
-            )
+            self.inputs[index] = self._program.maps[index].empty(self._compiled.device)
             return TensorPlace(self.inputs[index])
         return self._session.places.place(self._compiled.plan.schedule.gradient[index], index)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from umtrain.streaming.plan import Plan
@@ -55,13 +54,7 @@ class Places:
         self.content[index] = self.place(buffers[index], index)
 
     def _output_place(self, index: int) -> TensorPlace:
-        a_map = self._program.maps[index]
-        self.outputs[index] = torch.empty(
-            a_map.shape,
-            dtype=a_map.dtype,
-            device=self._arena.device,
-            memory_format=torch.channels_last,
-        )
+        self.outputs[index] = self._program.maps[index].empty(self._arena.device)
         return TensorPlace(self.outputs[index])
 
     def place(self, buffer: int, index: int) -> Place:

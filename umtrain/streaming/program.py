@@ -32,6 +32,12 @@ class Map:
         n_images, channels, rows, columns = self.shape
         return n_images * channels * rows * columns * self.dtype.itemsize
 
+    def empty(self, device: torch.device) -> Tensor:
+        """Return a tensor for its content, channels-last, not filled."""
+        return torch.empty(
+            self.shape, dtype=self.dtype, device=device, memory_format=torch.channels_last
+        )
+
     @property
     def row_bytes(self) -> int:
         """Return the size of one row of one image."""

@@ -7,7 +7,7 @@ it. For host memory it reads one strip ahead and writes behind, so that both ove
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -132,11 +132,8 @@ class HostPlace(Place):
         return _HostCursor(self, strips, reads, writes)
 
 
-class CopiedPlace(Place):
-    """A map in the arena that is copied to host memory as it is made.
-
-    The copies go on behind what is computed next; `settle` before anything else lies in `room`.
-    """
+class _PausingPlace(Place):
+    """A map that is in the arena for some of its life, and in a block of host memory meanwhile."""
 
     def __init__(
         self,
@@ -145,8 +142,18 @@ class CopiedPlace(Place):
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
     ) -> None:
-        self.room, self._block, self._layout = room, block, _Rows(shape, dtype)
+        self.room, self._block, self.layout = room, block, _Rows(shape, dtype)
         self._content = TensorPlace(_as_map(room, shape, dtype))
+
+
+class CopiedPlace(_PausingPlace):
+    """A map in the arena that is copied to host memory as it is made.
+
+    The copies go on behind what is computed next; `settle` before anything else lies in `room`.
+    """
+
+    def __init__(self, *where: Any) -> None:
+        super().__init__(*where)
         self._pending: list[Pending] = []
 
     def cursor(self, strips: Sequence[Strip], reads: bool, writes: bool) -> Cursor:
@@ -156,7 +163,7 @@ class CopiedPlace(Place):
 
     def start_copy(self, strip: Strip) -> None:
         """Begin to copy a strip, which is all written."""
-        start, stop = self._layout.extent(strip)
+        start, stop = self.layout.extent(strip)
         self._pending.append(self._block.start_write(start, self.room[start:stop]))
 
     def settle(self) -> None:
@@ -180,18 +187,11 @@ class _CopyingCursor(Cursor):
         pass
 
 
-class FilledPlace(Place):
+class FilledPlace(_PausingPlace):
     """A map that comes back from host memory to the arena, in pieces, ahead of its reader."""
 
-    def __init__(
-        self,
-        room: Tensor,
-        block: HostBlock,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-    ) -> None:
-        self._room, self._block, self.layout = room, block, _Rows(shape, dtype)
-        self._content = TensorPlace(_as_map(room, shape, dtype))
+    def __init__(self, *where: Any) -> None:
+        super().__init__(*where)
         self._pending: deque[tuple[int, Pending]] = deque()
 
     def start_piece(self, i: int) -> None:
@@ -199,7 +199,7 @@ class FilledPlace(Place):
         piece_bytes = -(-self.layout.n_bytes // PIECES)
         piece_bytes = -(-piece_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         start = i * piece_bytes
-        piece = self._room[start : min(start + piece_bytes, self.layout.n_bytes)]
+        piece = self.room[start : min(start + piece_bytes, self.layout.n_bytes)]
         if start < self.layout.n_bytes:
             self._pending.append((start, self._block.start_read(start, piece)))
 
