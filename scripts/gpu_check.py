@@ -15,10 +15,12 @@ a device budget in software once more, under the smallest share of vanilla's pea
 """
 
 import argparse
+import gc
 import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -49,14 +51,14 @@ SAME_BITS = ("vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint",
 STRATEGIES = (*SAME_BITS, "stream")
 PARTS = ("contract", "mechanism", "throughput")
 KEEPING_A_BUDGET = ("lms", "vdnn", "checkpoint", "stream")
-SHARES_OF_VANILLA = (0.5, 0.7, 0.9, 1.1)  # budgets that are tried in turn
+SHARES_OF_VANILLA = (0.5, 0.7, 1.1, 1.5, 2, 3)  # budgets that are tried in turn
 N_DRAWS = 5
 N_SOAK_STEPS = 200
 MANAGED_LIMIT_BYTES = 8 * 2**30
 N_STEPS = 5
 N_WARM_UP_STEPS = 3
 N_TIMED_STEPS = 10
-TIME_LIMIT_S = 420
+TIME_LIMIT_S = 450
 
 
 def managed_limit_bytes() -> int:
@@ -228,8 +230,11 @@ def soak() -> dict[str, object]:
         finally:
             strategy.close()
         held[name] = [max(sizes[: N_SOAK_STEPS // 4]), max(sizes[-N_SOAK_STEPS // 4 :])]
+        del model, batch, strategy
+        gc.collect()
+        held[name].append(torch.cuda.memory_allocated())
         print(json.dumps({"soak": name, "held_bytes": held[name]}), file=sys.stderr, flush=True)
-    return {"steps": N_SOAK_STEPS, "held_bytes_first_and_last_quarter": held}
+    return {"steps": N_SOAK_STEPS, "held_bytes_in_first_quarter_last_quarter_and_after": held}
 
 
 def check_one(
@@ -354,7 +359,11 @@ def main() -> int:
     torch.use_deterministic_algorithms(False)
     torch.cuda.empty_cache()
     if "mechanism" in arguments.parts:
-        mechanism = check_mechanism(arguments.timeline)
+        try:
+            mechanism = check_mechanism(arguments.timeline)
+        except Exception as error:
+            traceback.print_exc()
+            mechanism = {"error": f"{type(error).__name__}: {error}"}
     if "throughput" in arguments.parts:
         deadline_s = start_s + TIME_LIMIT_S
         throughput = [
@@ -363,14 +372,16 @@ def main() -> int:
             for row in measure_throughput(res, arguments.batch_size, deadline_s)
         ]
     failed = [row for row in contract if "error" in row or not is_as_expected(row)]
+    failed += [mechanism] if mechanism is not None and "error" in mechanism else []
     document = {
         "device": torch.cuda.get_device_name(),
+        "driver": driver_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "managed_limit_bytes": managed_limit_bytes(),
         "command": " ".join(sys.argv),
         "seconds": time.monotonic() - start_s,
-        "contract_failed": failed,
+        "failed": failed,
         "contract": contract,
         "soak": soaked,
         "mechanism": mechanism,
@@ -378,6 +389,11 @@ def main() -> int:
     }
     print(json.dumps(document, indent=1))
     return 1 if failed else 0
+
+
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def is_as_expected(row: dict[str, object]) -> bool:

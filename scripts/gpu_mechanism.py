@@ -9,6 +9,7 @@ forward for what goes out and in backward for what comes in, beside which someth
 Prints one JSON document; with a path as argument, draws the timelines there.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -32,11 +33,11 @@ from umtrain.memory.timeline import draw_timelines
 from umtrain.memory.trace import Lane, Span
 
 RES = 1024
-BATCH_SIZE = 6
+BATCH_SIZE = 5
 HOST_LOCATION = -1  # cudaCpuDeviceId
 MANAGED_LIMIT_BYTES = 8 * 2**30
 # Less than the feature maps take; `lms` moves all of them whatever it is given.
-ROOM_BYTES = {"lms": 5 * 2**30, "um_group_prefetch": 2 * 2**30, "stream": 2 * 2**30}
+ROOM_BYTES = {"lms": 4 * 2**30, "um_group_prefetch": 2 * 2**30, "stream": 2 * 2**30}
 N_WARM_UP_STEPS = 3
 BESIDE: dict[Lane, Lane] = {"swap-out": "forward", "swap-in": "backward"}
 
@@ -199,6 +200,8 @@ def watched_step(
 def one_strategy(
     name: str, fresh: nn.Module, budget_bytes: int
 ) -> tuple[list[Span], dict[str, object]]:
+    gc.collect()  # what an earlier strategy left to the collector may be managed memory
+    torch.cuda.empty_cache()
     model = deepcopy(fresh).cuda().train().to(memory_format=torch.channels_last)
     batch = torch.randn(BATCH_SIZE, 3, RES, RES, device="cuda")
     batch = batch.contiguous(memory_format=torch.channels_last)

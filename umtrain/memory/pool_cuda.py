@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from mmap import MADV_HUGEPAGE, PAGESIZE, mmap
 from typing import Any
 
 import cupy
@@ -17,6 +18,7 @@ import torch
 from cuda.bindings import driver, runtime
 
 from umtrain.errors import DeviceError
+from umtrain.memory import linux
 from umtrain.memory.cuda_driver import CudaDriver, Event, Location, Stream
 from umtrain.units import format_bytes
 
@@ -131,6 +133,34 @@ def _by_allocation(address: int, n_bytes: int) -> Iterator[tuple[int, int]]:
         address = stop
 
 
+class _PinnedRange(mmap):
+    """Page-locked memory of just the size that is asked for; a tensor on it keeps it alive.
+
+    torch's own pinned allocator rounds sizes up to powers of two, and page-locks fresh pages one
+    by one. Pages that all cores have touched first, as huge as the system has them, lock faster.
+    """
+
+    _address = 0
+    _is_locked = False
+
+    @classmethod
+    def create(cls, n_bytes: int) -> "_PinnedRange":
+        """Return a range of at least `n_bytes`; raises RuntimeError if CUDA refuses to lock it."""
+        pages = cls(-1, -(-max(1, n_bytes) // PAGESIZE) * PAGESIZE)
+        if linux.is_linux():
+            pages.madvise(MADV_HUGEPAGE)
+        content = torch.frombuffer(pages, dtype=torch.uint8)
+        content.fill_(0)
+        _check(runtime.cudaHostRegister(content.data_ptr(), content.nbytes, 0))
+        pages._address = content.data_ptr()
+        pages._is_locked = True
+        return pages
+
+    def __del__(self) -> None:
+        if self._is_locked:
+            runtime.cudaHostUnregister(self._address)
+
+
 class TorchCudaDriver(CudaDriver):
     """The real thing: torch's streams and events, CUDA's own prefetch.
 
@@ -162,7 +192,7 @@ class TorchCudaDriver(CudaDriver):
 
     def allocate_pinned(self, n_bytes: int) -> torch.Tensor:
         """See `CudaDriver`."""
-        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.frombuffer(_PinnedRange.create(n_bytes), dtype=torch.uint8)[:n_bytes]
 
     def record(self, stream: Stream) -> Event:
         """See `CudaDriver`."""

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from umtrain.streaming.building import build
 from umtrain.streaming.forward import Compiled
 from umtrain.streaming.kernels import create_kernels
-from umtrain.streaming.plan import Plan, make_plan
+from umtrain.streaming.plan import SPEEDS, Plan, make_plan
 from umtrain.streaming.program import Program
 from umtrain.streaming.running import Arenas, Ready, Settings
 from umtrain.streaming.schedule import Needs
@@ -124,7 +124,8 @@ class _Part(nn.Module):
         budget_bytes = settings.budget_bytes()
         if budget_bytes is not None:
             budget_bytes += self._arenas.idle_bytes
-        plan = make_plan(program, needs, budget_bytes, room_bytes)
+        speeds = SPEEDS[self._device.type]
+        plan = make_plan(program, needs, budget_bytes, room_bytes, speeds)
         strip_bytes = settings.strip_bytes or STRIP_BYTES[self._device.type]
         kernels = create_kernels(self._device)
         compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes)

@@ -5,11 +5,14 @@
 # it any more. One arena serves all steps of a module, as long as one is alive at a time.
 """
 
+import gc
 import logging
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -241,6 +244,29 @@ def can_be_recorded(ready: Ready) -> bool:
     return not counts and compiled.plan.host_bytes == 0 and compiled.plan.arena_bytes < room_bytes
 
 
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """Capture `graph`; what other threads ask of CUDA meanwhile is no part of it.
+
+    An earlier graph that the garbage collector destroys during a capture would invalidate it.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _renew_random_state(device: torch.device) -> None:
+    """Leave the state of a capture: one that failed does not, and random numbers are refused."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 def record(ready: Ready) -> Recording | None:
     """Record a step; None, and said, where CUDA refuses. Changes no buffer of the model."""
     compiled, arenas = ready.compiled, ready.arenas
@@ -255,15 +281,16 @@ def record(ready: Ready) -> Recording | None:
     session = ready.new_session(inputs, arena)
     session.progress = lambda action: None
     try:
-        with torch.cuda.graph(forward):
+        with _capturing(forward):
             outputs = session.forward()
         given = [torch.empty_like(output) for output in outputs]
-        with torch.cuda.graph(backward, pool=forward.pool()):
+        with _capturing(backward, forward.pool()):
             run = Backward(session, given)
             run.run(session.progress)
             found = ready.found(run)
     except RuntimeError as error:
         _log.info("memory=stream: steps are not recorded as CUDA graphs (%s)", error)
+        _renew_random_state(device)
         return None
     finally:
         arenas.give_back(arena)

@@ -17,8 +17,9 @@ from umtrain.streaming.rows import Strip
 _ROOMS = 3
 # Host memory takes a copy fastest from memory that lies as the copy does, modulo this.
 ALIGNMENT_BYTES = 4096
-# Maps that come back together do so in turns, this many parts each.
+# Maps that come back together do so in turns, at most this many parts each, none too small to pay.
 PIECES = 32
+_LEAST_PIECE_BYTES = 2**24
 
 
 class Pending(Protocol):
@@ -196,7 +197,7 @@ class FilledPlace(_PausingPlace):
 
     def start_piece(self, i: int) -> None:
         """Begin to bring piece i back, of PIECES from the first row to the last."""
-        piece_bytes = -(-self.layout.n_bytes // PIECES)
+        piece_bytes = max(_LEAST_PIECE_BYTES, -(-self.layout.n_bytes // PIECES))
         piece_bytes = -(-piece_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         start = i * piece_bytes
         piece = self.room[start : min(start + piece_bytes, self.layout.n_bytes)]
