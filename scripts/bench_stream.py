@@ -16,14 +16,21 @@ Prints a table; the last line of output is one JSON document.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 SIDES = {
     "stock": ("vanilla", "GLIBC"),
@@ -32,6 +39,7 @@ SIDES = {
     "lms": ("lms", "RECYCLE"),
     "stream": ("stream", "RECYCLE"),
 }
+LIGHTSTREAM = "lightstream"  # pip install --no-deps lightstream==1.0.7
 LARGEST_ORDINARY_RES = 3000
 N_LEFT_OUT = {"cpu": 1, "cuda": 3}  # on a GPU the second step of streaming is recorded
 
@@ -44,7 +52,8 @@ def cell(arguments: argparse.Namespace) -> dict[str, object]:
     from umtrain.errors import OutOfMemoryError
     from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
 
-    strategy_name, freed_buffers = SIDES[arguments.side]
+    is_lightstream = arguments.side == LIGHTSTREAM
+    strategy_name, freed_buffers = SIDES["vanilla" if is_lightstream else arguments.side]
     set_freed_buffers(FreedBuffers[freed_buffers])
     device, res = arguments.device, arguments.res
     is_bf16 = arguments.precision == "bf16"
@@ -60,14 +69,13 @@ def cell(arguments: argparse.Namespace) -> dict[str, object]:
     strategy = memory.create(strategy_name, device=device, **budgets)
     times_s: list[float] = []
     try:
-        with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
+        with autocast(arguments):
             strategy.prepare(model, image)
+        step = tiled_step(model, arguments) if is_lightstream else whole_step(model, arguments)
         for _ in range(arguments.steps):
             start_s = time.perf_counter()
             with strategy.step():
-                with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
-                    output = model(image)
-                output.float().square().mean().backward()
+                step(image)
             model.zero_grad(set_to_none=False)
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -85,11 +93,52 @@ def cell(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def autocast(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[object]:
+    import torch
+
+    is_bf16 = arguments.precision == "bf16"
+    return torch.autocast(arguments.device, torch.bfloat16, enabled=is_bf16)
+
+
+def whole_step(model: "nn.Module", arguments: argparse.Namespace) -> "Callable[[Tensor], None]":
+    """Return ordinary forward and backward, which strategies hook into."""
+
+    def step(image: "Tensor") -> None:
+        with autocast(arguments):
+            output = model(image)
+        output.float().square().mean().backward()
+
+    return step
+
+
+def tiled_step(model: "nn.Module", arguments: argparse.Namespace) -> "Callable[[Tensor], None]":
+    """Return lightstream's: all up to the last feature map in tiles, the rest whole."""
+    from lightstream.core.constructor import StreamingConstructor
+    from torch import nn
+
+    names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    trunk = nn.Sequential(*(getattr(model, name) for name in names)).eval()
+    constructor = StreamingConstructor(trunk, arguments.tile, verbose=False, normalize_on_gpu=False)
+    constructor.statistics_on_cpu = False  # it would move the network to a GPU afterwards
+    with contextlib.redirect_stdout(sys.stderr):
+        tiled = constructor.prepare_streaming_model()
+
+    def step(image: "Tensor") -> None:
+        with autocast(arguments):
+            features = tiled.forward(image).detach().requires_grad_()
+            output = model.fc(model.avgpool(features).flatten(1))
+        output.float().square().mean().backward()
+        with autocast(arguments):
+            tiled.backward(image, features.grad)
+
+    return step
+
+
 def in_process_of_its_own(arguments: argparse.Namespace, **changes: object) -> dict[str, object]:
     """Run one cell in a fresh process; a process that the system kills is out of memory."""
     values = vars(arguments) | changes
     command = [sys.executable, __file__, "cell"]
-    for key in ("side", "res", "steps", "precision", "device", "model"):
+    for key in ("side", "res", "steps", "precision", "device", "model", "tile"):
         command += [f"--{key}", str(values[key])]
     for key in ("budget", "host_budget"):
         if values.get(key):
@@ -109,6 +158,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
     sides = [(side, None) for side in SIDES if side != "lms"] + [
         ("stream", b) for b in arguments.budgets
     ]
+    if arguments.frozen and importlib.util.find_spec(LIGHTSTREAM):
+        sides.append((LIGHTSTREAM, None))
     rounds: dict[str, list[dict[str, object]]] = {label(*side): [] for side in sides}
     for _ in range(arguments.rounds):
         for side, budget in sides:
@@ -238,8 +289,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--frozen", action="store_true", help="frozen norms")
+    parser.add_argument("--tile", type=int, default=1600, help="side of lightstream's tiles")
+    sides = (*SIDES, LIGHTSTREAM)
     parser.add_argument("--out", type=Path, help="where to write .json and, for curve, .png")
-    parser.add_argument("--side", choices=tuple(SIDES), default="stream", help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=sides, default="stream", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -73,11 +73,17 @@ class Progress:
 
 
 def inference(
-    task: Task, model: nn.Module, split: Split, loader: Loader, console: Console
+    task: Task,
+    model: nn.Module,
+    strategy: Strategy,
+    split: Split,
+    loader: Loader,
+    console: Console,
 ) -> tuple[list[Row], float]:
     """Run `model` over the batches of `split`; return prediction rows and mean loss (nan if none).
 
-    The model computes on the device that its parameters are on, in the configured precision.
+    The model computes on the device that its parameters are on, in the configured precision, as
+    `strategy` has prepared it.
     """
     rows: list[Row] = []
     total_loss = 0.0
@@ -87,6 +93,7 @@ def inference(
     model.eval()
     with torch.inference_mode(), console.task(f"evaluating {split}", len(loader)) as bar:
         for done, batch in enumerate(loader, 1):
+            strategy.on_progress = _Inside(bar, done, "batch").update
             with autocast(device, precision):
                 outputs = model(task.inputs(batch, device, input_dtype(precision)))
             total_loss += task.loss(outputs, batch).item() * len(batch["id"])
@@ -152,7 +159,7 @@ class Trainer:
         with self.console.task(title, left) as bar:
             batches = _timed(self.loader)
             for done in range(1, left + 1):
-                self.strategy.on_progress = _InStep(bar, done).update
+                self.strategy.on_progress = _Inside(bar, done, "step").update
                 step = self._step(epoch, batches)
                 self.progress.steps.append(step)
                 log.write(step)
@@ -220,7 +227,9 @@ class Trainer:
     def _validate(self, epoch: int) -> None:
         better, shown = True, "no validation images"
         if self.task.manifest.split("val"):
-            rows, loss = inference(self.task, self.model, "val", self.validation, self.console)
+            rows, loss = inference(
+                self.task, self.model, self.strategy, "val", self.validation, self.console
+            )
             better, shown = self._judge(epoch, self.task.metrics(rows), loss)
         if better:
             self.progress.best_epoch = epoch
@@ -311,13 +320,13 @@ def create_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-class _InStep:
+class _Inside:
     """Progress inside a step, once it takes longer than one waits for without wondering."""
 
     _QUIET_S = 3.0
 
-    def __init__(self, bar: Work, step: int) -> None:
-        self._bar, self._step = bar, step
+    def __init__(self, bar: Work, number: int, name: str) -> None:
+        self._bar, self._number, self._name = bar, number, name
         self._start_s = time.monotonic()
 
     def update(self, share: float) -> None:
@@ -325,7 +334,8 @@ class _InStep:
         gone_s = time.monotonic() - self._start_s
         if gone_s > self._QUIET_S and 0 < share < 1:
             left = format_duration(gone_s * (1 - share) / share)
-            self._bar.update(self._step - 1, f"step {self._step}: {share:.0%}, {left} left")
+            text = f"{self._name} {self._number}: {share:.0%}, {left} left"
+            self._bar.update(self._number - 1, text)
 
 
 def _timed(loader: Loader) -> Generator[tuple[Batch, float]]:

@@ -143,3 +143,24 @@ class TestAuto:
     def test_streams_where_it_does_not(self, caplog):
         assert self.chosen("150MiB", caplog) == "stream"
         assert "of 150.00 MiB (memory.device_budget)" in caplog.text
+
+
+def test_closing_gives_the_arena_back_to_the_system():
+    code = """
+import psutil, torch
+from torchvision.models import resnet18
+from umtrain import memory
+from umtrain.memory.allocator import recycle_large_buffers
+
+recycle_large_buffers()
+model, x = resnet18(), torch.randn(1, 3, 512, 512)
+strategy = memory.create("stream")
+strategy.prepare(model, x)
+with strategy.step():
+    model(x).square().mean().backward()
+held = psutil.Process().memory_info().rss
+strategy.close()
+print(held - psutil.Process().memory_info().rss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100 * 2**20

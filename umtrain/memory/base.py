@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from umtrain.errors import DeviceError, OutOfMemoryError
+from umtrain.memory import linux
 from umtrain.memory.advice import strategies_needing_less
 from umtrain.memory.budget import DeviceBudget, NoBudget, enforce_budget, is_out_of_memory
 from umtrain.memory.meters import create_meter
@@ -98,6 +99,8 @@ class Strategy(ABC):
         Writes trace.json and timeline.png where a trace was asked for.
         """
         self._cleanup.close()
+        # What the heap keeps for the next step is nobody's now: what comes next asks what is free.
+        linux.trim_heap()
         folder, self._trace_folder = self._trace_folder, None
         if folder is not None:
             from umtrain.memory.timeline import write_timeline

@@ -93,6 +93,7 @@ class Stream(Strategy):
         )
         self._streamer = Streamer(model, settings)
         model.forward = self._streamer
+        self._cleanup.callback(self._streamer.close)
         self._cleanup.callback(delattr, model, "forward")
         return model
 

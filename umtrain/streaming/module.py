@@ -73,6 +73,11 @@ class Streamer:
         parts = self._traced[self._training()].streamed
         return [ready.compiled.plan for part in parts for ready in part.compiled.values()]
 
+    def close(self) -> None:
+        """Let go of the arena and of all that was compiled; a step under way keeps its own."""
+        self._traced.clear()
+        self._arenas.clear()
+
     def _training(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self._module.modules())
 

@@ -1,7 +1,7 @@
 """The plan of a step: what is kept, run again or put out to host memory, and where all of it lies.
 
 Everything is kept if it fits. Else the plan with the least estimated time is taken among those
-that run the 0, 1, 2, … cheapest groups again (least work per byte that it frees) and put out
+that make the 0, 1, 2, … cheapest maps again (least work per byte that it frees) and put out
 what still does not fit, by the least traffic: first what has a long pause between forward and
 backward, once out and once in; then, where even that is too much at once, what is read seldom.
 Buffers on the device are placed in one arena by their lifetimes, largest first, as compilers place
@@ -19,6 +19,7 @@ from umtrain.streaming.schedule import (
     Needs,
     Schedule,
     groups_of,
+    inner_maps,
     make_schedule,
     step_flops,
 )
@@ -64,8 +65,8 @@ class Plan:
     offsets: list[int | None]
     resumed: dict[int, Resumption]
     arena_bytes: int
-    n_groups: int
-    n_groups_again: int
+    n_maps: int = 0
+    n_made_again: int = 0
 
     @property
     def host_bytes(self) -> int:
@@ -82,7 +83,7 @@ class Plan:
 
     def summary(self) -> str:
         """Return the plan in a line."""
-        again = f"{self.n_groups_again} of {self.n_groups} groups run again in backward"
+        again = f"{self.n_made_again} of {self.n_maps} maps made again in backward"
         return f"feature maps {format_bytes(self.arena_bytes)} on the device, " + (
             f"{format_bytes(self.host_bytes)} in host memory, {again}"
         )
@@ -101,14 +102,14 @@ def make_plan(
     None: there is no host memory. Raises OutOfMemoryError, naming the least, if there is no plan.
     """
     groups = groups_of(program)
-    order = _by_work_per_byte(program, groups)
+    order = _by_work_per_byte(program, inner_maps(program, groups))
     plans: list[tuple[float, Plan]] = []
     least_bytes: int | None = None
     least_host_bytes: int | None = None
-    for n_again in range(len(groups) + 1):
-        again = [g in order[:n_again] for g in range(len(groups))]
-        schedule = make_schedule(program, needs, groups, again)
-        plan = _fit(schedule, budget_bytes, host_room_bytes is not None, len(groups), n_again)
+    for n_again in range(len(order) + 1):
+        schedule = make_schedule(program, needs, groups, set(order[:n_again]))
+        plan = _fit(schedule, budget_bytes, host_room_bytes is not None)
+        plan.n_maps, plan.n_made_again = len(program.maps), n_again
         if budget_bytes is None or plan.arena_bytes <= budget_bytes:
             if host_room_bytes is None or plan.host_bytes <= host_room_bytes():
                 plans.append((_seconds(program, plan, speeds), plan))
@@ -141,16 +142,13 @@ class NoPlanError(OutOfMemoryError):
         )
 
 
-def _by_work_per_byte(program: Program, groups: Sequence[range]) -> list[int]:
-    """Return groups in the order in which they are worth running again."""
+def _by_work_per_byte(program: Program, producers: dict[int, int]) -> list[int]:
+    """Return maps in the order in which they are worth making again."""
 
-    def cost(group: range) -> float:
-        segments = [program.segments[i] for i in group]
-        inner = [s for s in segments if s.out is not None][:-1]
-        freed = sum(program.maps[s.out].n_bytes for s in inner if s.out is not None)
-        return sum(s.flops for s in inner) / freed if freed else float("inf")
+    def cost(index: int) -> float:
+        return program.segments[producers[index]].flops / program.maps[index].n_bytes
 
-    return sorted(range(len(groups)), key=lambda g: cost(groups[g]))
+    return sorted(producers, key=cost)
 
 
 def _seconds(program: Program, plan: Plan, speeds: Speeds) -> float:
@@ -158,16 +156,14 @@ def _seconds(program: Program, plan: Plan, speeds: Speeds) -> float:
     return work / speeds.flops_per_s + plan.moved_bytes / speeds.host_bytes_per_s
 
 
-def _fit(
-    schedule: Schedule, budget_bytes: int | None, can_use_host: bool, n_groups: int, n_again: int
-) -> Plan:
+def _fit(schedule: Schedule, budget_bytes: int | None, can_use_host: bool) -> Plan:
     """Put buffers out until the arena is within the budget, or nothing is left to put out."""
     stays: list[Stay] = ["kept"] * len(schedule.buffers)
     target_bytes = budget_bytes
     while True:
         if target_bytes is not None and can_use_host:
             _put_out(schedule, stays, target_bytes)
-        plan = _placed(schedule, stays, n_groups, n_again)
+        plan = _placed(schedule, stays)
         if budget_bytes is None or target_bytes is None or plan.arena_bytes <= budget_bytes:
             return plan
         if not can_use_host or target_bytes <= 0 or set(stays) == {"out"}:
@@ -175,7 +171,7 @@ def _fit(
         target_bytes -= max(ALIGNMENT_BYTES, plan.arena_bytes - budget_bytes)
 
 
-def _placed(schedule: Schedule, stays: list[Stay], n_groups: int, n_again: int) -> Plan:
+def _placed(schedule: Schedule, stays: list[Stay]) -> Plan:
     """Give a place to every time that a buffer spends on the device."""
     windows: list[Buffer] = []
     owners: list[tuple[int, int | None]] = []
@@ -189,7 +185,7 @@ def _placed(schedule: Schedule, stays: list[Stay], n_groups: int, n_again: int) 
             windows.append(Buffer(buffer.name, buffer.n_bytes, after, buffer.last))
             owners += [(index, None), (index, after)]
     offsets, arena_bytes = place(windows)
-    plan = Plan(schedule, stays, [None] * len(stays), {}, arena_bytes, n_groups, n_again)
+    plan = Plan(schedule, stays, [None] * len(stays), {}, arena_bytes)
     for offset, (index, resumed_at) in zip(offsets, owners, strict=True):
         if resumed_at is None:
             plan.offsets[index] = offset

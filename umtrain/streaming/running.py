@@ -70,6 +70,10 @@ class Arenas:
         """Return the memory that no step uses now; a step that has no use for it lets it go."""
         return sum(arena.nbytes for arena in self._free)
 
+    def clear(self) -> None:
+        """Let go of what no step uses now."""
+        self._free.clear()
+
     def claim(self, arena: Tensor) -> bool:
         """Take this very arena; False if it is in use."""
         for position, free in enumerate(self._free):

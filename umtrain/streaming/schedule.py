@@ -1,11 +1,11 @@
 """What a step does in which order, and from when to when each map and gradient is alive.
 
-The order is known before the step starts: forward through all segments, then backward, with the
-segments of a group that keeps its input only run again ahead of its backward. So is every
-lifetime, and who may lie in whose place.
+The order is known before the step starts: forward through all segments, then backward, group by
+group, with the segments whose maps were not kept run again ahead of their group's backward. So is
+every lifetime, and who may lie in whose place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -151,25 +151,37 @@ def groups_of(program: Program) -> list[range]:
     return [range(first, last) for first, last in pairwise(edges) if last > first]
 
 
+def inner_maps(program: Program, groups: Sequence[range]) -> dict[int, int]:
+    """Return the maps that need not be kept, with their producers: made and read in one group."""
+    group_of = {segment: g for g, group in enumerate(groups) for segment in group}
+    outside = {index for kind, index in program.outputs if kind == "map"}
+    found = {}
+    for segment in program.segments:
+        if segment.out is None or segment.out in outside:
+            continue
+        readers = {group_of[reader] for reader in program.consumers(segment.out)}
+        if readers == {group_of[segment.index]}:
+            found[segment.out] = segment.index
+    return found
+
+
 def make_schedule(
-    program: Program, needs: Needs, groups: Sequence[range], again: Sequence[bool]
+    program: Program, needs: Needs, groups: Sequence[range], again: Collection[int]
 ) -> Schedule:
-    """Return the schedule in which group i keeps only its input where `again[i]` is true."""
+    """Return the schedule in which the maps `again`, of `inner_maps`, are made twice, not kept."""
     return _Scheduler(program, needs, groups, again).make()
 
 
 class _Scheduler:
     def __init__(
-        self, program: Program, needs: Needs, groups: Sequence[range], again: Sequence[bool]
+        self, program: Program, needs: Needs, groups: Sequence[range], again: Collection[int]
     ) -> None:
-        self._program, self._needs, self._groups, self._again = program, needs, groups, again
+        self._program, self._needs, self._groups, self._inner = program, needs, groups, again
         self._schedule = Schedule()
         self._outside = {index for kind, index in program.outputs if kind == "map"}
         self._outside |= set(program.inputs)
         self._producer = {s.out: s.index for s in program.segments if s.out is not None}
         self._producer |= {mask.map: mask.segment for mask in program.masks}
-        self._group_of = {s: g for g, group in enumerate(groups) for s in group}
-        self._inner = self._find_inner()
 
     def make(self) -> Schedule:
         program, needs = self._program, self._needs
@@ -178,36 +190,24 @@ class _Scheduler:
         for group in reversed(range(len(self._groups))):
             for index in self._groups[group]:
                 out = program.segments[index].out
-                if out in self._inner and self._is_read_in_backward(out, group):
+                if self._is_made_again(out):
                     self._run_forward("again", program.segments[index], self._schedule.backward)
             for index in reversed(self._groups[group]):
                 if needs.backward[index]:
                     self._run_backward(program.segments[index])
         return self._schedule
 
-    def _find_inner(self) -> set[int]:
-        """Return the maps that exist twice: made and read in one group that runs again."""
-        masks = {mask.map for mask in self._program.masks}
-        inner = set()
-        for index, producer in self._producer.items():
-            group = self._group_of[producer]
-            readers = {self._group_of[r] for r in self._program.consumers(index)}
-            if self._again[group] and readers == {group} and index not in self._outside | masks:
-                inner.add(index)
-        return inner
-
-    def _is_read_in_backward(self, index: int, group: int) -> bool:
-        """Return whether the group's backward, or what it runs again, reads the map."""
+    def _is_read_in_backward(self, index: int) -> bool:
+        """Return whether its group's backward, or what that runs again, reads the map."""
         if self._has_statistics(index) and self._needs.backward[self._producer[index]]:
             return True
         return any(
-            self._needs.backward[reader] or self._runs_again(reader, group)
+            self._needs.backward[reader] or self._is_made_again(self._program.segments[reader].out)
             for reader in self._program.consumers(index)
         )
 
-    def _runs_again(self, segment: int, group: int) -> bool:
-        out = self._program.segments[segment].out
-        return out in self._inner and self._is_read_in_backward(out, group)
+    def _is_made_again(self, index: int | None) -> bool:
+        return index is not None and index in self._inner and self._is_read_in_backward(index)
 
     def _has_statistics(self, index: int) -> bool:
         return any(norm.domain != "fixed" for norm in self._program.norms_of(index))
