@@ -284,7 +284,7 @@ def _evaluate_split(
             sample = task.sample_input(device, input_dtype(task.config.precision))
             prepared = strategy.prepare_inference(model.to(device), sample)
         with strategy.guard():
-            rows, loss = inference(task, prepared, split, loader, console)
+            rows, loss = inference(task, prepared, strategy, split, loader, console)
     finally:
         strategy.close()
     record[split] = {
