@@ -118,7 +118,10 @@ def tiled_step(model: "nn.Module", arguments: argparse.Namespace) -> "Callable[[
 
     names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     trunk = nn.Sequential(*(getattr(model, name) for name in names)).eval()
-    constructor = StreamingConstructor(trunk, arguments.tile, verbose=False, normalize_on_gpu=False)
+    keep = [type(model.bn1)]
+    constructor = StreamingConstructor(
+        trunk, arguments.tile, verbose=False, normalize_on_gpu=False, add_keep_modules=keep
+    )
     constructor.statistics_on_cpu = False  # it would move the network to a GPU afterwards
     with contextlib.redirect_stdout(sys.stderr):
         tiled = constructor.prepare_streaming_model()

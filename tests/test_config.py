@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from umtrain.config import (
+    CHOICES,
     GROUPS,
     config_from_dict,
     config_to_dict,
@@ -37,6 +38,50 @@ def test_a_dataset_brings_its_model_and_an_explicit_model_wins():
     assert load_config(["model=resnet101", "dataset=wsi"]).model.name == "resnet101"
     with pytest.raises(ConfigError, match="model=resnet50 does not fit dataset=spine"):
         load_config(["dataset=spine", "model=resnet50"])
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_an_approach_brings_its_defaults_and_an_explicit_value_wins(optim):
+    assert set(CHOICES["approach"]) == set(group_options("approach"))
+    whole = load_config(["approach=no_fuss", f"optim={optim}"])
+    assert whole == load_config([f"optim={optim}"])
+    patches = load_config(["approach=two_stage", f"optim={optim}"])
+    assert patches.batch_size > whole.batch_size
+    assert patches.res < whole.res
+    assert patches.optim.lr > whole.optim.lr
+    own = ["batch_size=3", "res=128", "optim.lr=0.5", "dataset.patches_per_slide=7", "epochs=9"]
+    given = load_config([*own, "approach=two_stage", f"optim={optim}"])
+    assert (given.batch_size, given.res, given.optim.lr) == (3, 128, 0.5)
+    assert (given.dataset.patches_per_slide, given.epochs) == (7, 9)
+
+
+def test_patches_are_read_at_an_mpp_without_a_fit():
+    assert load_config(["approach=two_stage", "dataset.mpp=0.5"]).dataset.mpp == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dataset.patches_per_slide=4"], "has no effect with approach=no_fuss"),
+        (["approach=two_stage", "dataset.patches_per_slide=null"], "approach=two_stage needs it"),
+        (["approach=two_stage", "dataset.patches_per_slide=0"], "must be at least 1"),
+        (["approach=two_stage", "dataset=spine"], "dataset=spine has only approach=no_fuss"),
+        (
+            ["approach=two_stage", "dataset.fit=crop", "dataset.mpp=1"],
+            "has no effect with approach=two_stage",
+        ),
+        (["approach=three_stage"], "unknown approach 'three_stage'"),
+    ],
+)
+def test_keys_that_do_not_suit_the_approach_are_refused(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(overrides)
+
+
+def test_a_config_of_before_there_were_approaches_is_that_of_whole_slides():
+    values = config_to_dict(load_config([]))
+    del values["approach"], values["dataset"]["patches_per_slide"]
+    assert config_from_dict(values) == load_config([])
 
 
 @pytest.mark.parametrize(

@@ -80,18 +80,26 @@ def _eval(words: list[str]) -> int:
     from umtrain.arguments import parse_arguments
 
     keys = ("run", "split", "device", "precision", "dataset.manifest", "dataset.root")
-    given = parse_arguments(words, (*keys, "dataset.workers"))
+    given = parse_arguments(words, (*keys, "dataset.workers", "cases"))
     split = cast("Split", given.choice("split", ("val", "test"), "test"))
     changes: dict[str, str | int] = {
         key: given.values[key] for key in keys[2:] if key in given.values
     }
     if "dataset.workers" in given.values:
         changes["dataset.workers"] = given.integer("dataset.workers", 0, 0)
+    if "cases" in given.values:
+        changes["cases"] = given.integer("cases", 0, 0)
     run = given.values.get("run")
     from umtrain.runner import evaluate
 
     evaluate(Path(run).expanduser() if run else None, split, changes, _console())
     return 0
+
+
+def _report(words: list[str]) -> int:
+    from umtrain.report_command import report
+
+    return report(words, _console())
 
 
 def _data(words: list[str]) -> int:
@@ -145,6 +153,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": _fit,
     "sweep": _sweep,
     "eval": _eval,
+    "report": _report,
     "data": _data,
     "doctor": _doctor,
     "completion": _completion,

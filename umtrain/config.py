@@ -19,6 +19,7 @@ from umtrain.errors import ConfigError
 from umtrain.units import parse_bytes
 
 CHOICES = {
+    "approach": ("no_fuss", "two_stage"),
     "dataset.fit": ("resize", "pad", "crop"),
     "model.norm": ("batch", "frozen", "group"),
     "model.pool": ("avg", "max", "avgmax"),
@@ -28,8 +29,11 @@ CHOICES = {
     "optim.class_weights": ("balanced", "none"),
     "precision": ("auto", "fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
+    "logger": ("none", "tensorboard"),
 }
 GROUPS = ("dataset", "model", "memory", "optim")
+# What a folder of conf/ sets other keys for: the groups, and a root key that is chosen like one.
+_CHOSEN = (*GROUPS, "approach")
 _MODEL_TASKS = {"resnet50": "wsi", "resnet101": "wsi", "resunet35": "spine"}
 RES_MULTIPLE_PX = 64
 # Below it the deepest map is a single pixel, which has no spread to normalise by.
@@ -48,11 +52,14 @@ class DatasetConfig:
     manifest: str | None = _key("CSV of images; null: synthetic demo data, made once", None)
     root: str | None = _key("folder that the manifest's paths start from; null: its own", None)
     fit: str = _key("whole image, or at a given mpp padded or cropped to res", "resize")
-    mpp: float | None = _key("microns per pixel for fit=pad and fit=crop", None)
+    mpp: float | None = _key("microns per pixel for fit=pad, fit=crop and patches", None)
     aspect: float = _key("network width / height", 1.0)
     positive: str | None = _key("label that counts as positive; null: the last in order", None)
     augment: bool = _key("random flips, turns, stain or intensity jitter in training", True)
     workers: int = _key("processes that read ahead while a step trains", 1)
+    patches_per_slide: int | None = _key(
+        "patches drawn from a slide each epoch, for approach=two_stage", None
+    )
 
 
 @dataclass(frozen=True)
@@ -105,15 +112,18 @@ class RunConfig:
     model: ModelConfig
     memory: MemoryConfig
     optim: OptimConfig
+    approach: str = _key("whole slides, or patches and then slides (needs masks)", "no_fuss")
     res: int = _key("rows of the square the network sees, in pixels", 1024)
-    batch_size: int = _key("images per batch", 1)
+    batch_size: int = _key("images (or patches) per batch", 1)
     epochs: int = _key("passes over the training split", 10)
     max_steps: int | None = _key("stop after this many steps; null: by epochs", None)
     precision: str = _key("auto: bf16 where the processor has it, else fp32", "auto")
     device: str = _key("auto: the GPU if there is one", "auto")
     seed: int = _key("seed of weights, order and augmentation", 0)
+    cases: int = _key("worst test images that are drawn, slides with Grad-CAM", 3)
     run_dir: str | None = _key("folder of the run; null: a new one in runs/", None)
     trace: bool = _key("write trace.json and timeline.png of one step", False)
+    logger: str = _key("dashboard that follows the run", "none")
 
 
 def conf_dir() -> Path:
@@ -148,7 +158,7 @@ def load_config(overrides: list[str]) -> RunConfig:
     """
     _check_overrides(overrides)
     # Keys are checked above; "++" sets them whether or not a YAML file spells out their default.
-    composable = [text if text.split("=")[0] in GROUPS else f"++{text}" for text in overrides]
+    composable = [text if text.split("=")[0] in _CHOSEN else f"++{text}" for text in overrides]
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -212,6 +222,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     return {
         "dataset": config.dataset.name,
         "model": config.model.name,
+        "approach": config.approach,
         "res": config.res,
         "batch_size": config.batch_size,
         "memory": config.memory.name,
@@ -241,7 +252,7 @@ def _check_overrides(overrides: list[str]) -> None:
             raise ConfigError(
                 f"{text}: one run takes one value; for several use `umtrain sweep {text}`"
             )
-        if key in GROUPS and str(override.value()) not in group_options(key):
+        if key in _CHOSEN and str(override.value()) not in group_options(key):
             raise ConfigError(_unknown(f"{key}", str(override.value()), group_options(key)))
 
 
@@ -269,9 +280,9 @@ def _in_shell(text: str) -> str:
 
 
 def _unknown(what: str, got: str, options: list[str]) -> str:
-    near = difflib.get_close_matches(got, options, n=3, cutoff=0.5)
+    near = [option for option in options if option.split(".")[-1] == got]
     if not near:
-        near = [option for option in options if option.split(".")[-1] == got]
+        near = difflib.get_close_matches(got, options, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     kind = "unknown key" if what == "key" else f"unknown {what}"
     return f"{kind} {got!r}.{hint}\nPossible: {', '.join(options)}"
@@ -341,13 +352,15 @@ def _check_numbers(config: RunConfig) -> None:
         "res": 64,
         "batch_size": 1,
         "epochs": 1,
+        "cases": 0,
         "dataset.workers": 0,
         "memory.prefetch_depth": 0,
         "optim.accumulate": 1,
         "optim.weight_decay": 0,
     }
-    if config.max_steps is not None:
-        at_least["max_steps"] = 1
+    for key in ("max_steps", "dataset.patches_per_slide"):
+        if _value(config, key) is not None:
+            at_least[key] = 1
     for key, least in at_least.items():
         if _value(config, key) < least:
             raise ConfigError(f"{key}={_value(config, key)}: must be at least {least}")
@@ -367,6 +380,7 @@ def _check_numbers(config: RunConfig) -> None:
 
 def _check_combinations(config: RunConfig) -> None:
     dataset, model = config.dataset, config.model
+    _check_approach(config)
     _check_ignored(config)
     if _MODEL_TASKS[model.name] != dataset.name:
         fitting = [name for name, task in _MODEL_TASKS.items() if task == dataset.name]
@@ -396,12 +410,39 @@ def _check_combinations(config: RunConfig) -> None:
         )
 
 
+def _check_approach(config: RunConfig) -> None:
+    dataset = config.dataset
+    if config.approach == "no_fuss":
+        if dataset.patches_per_slide is not None:
+            raise ConfigError(
+                "dataset.patches_per_slide: has no effect with approach=no_fuss; leave it out, or "
+                "use approach=two_stage"
+            )
+        return
+    if dataset.name != "wsi":
+        raise ConfigError(
+            f"approach=two_stage classifies patches of slides; dataset={dataset.name} has only "
+            "approach=no_fuss"
+        )
+    if dataset.patches_per_slide is None:
+        raise ConfigError(
+            "dataset.patches_per_slide: approach=two_stage needs it, e.g. "
+            "dataset.patches_per_slide=16"
+        )
+    if dataset.fit != "resize":
+        raise ConfigError(
+            f"dataset.fit={dataset.fit}: has no effect with approach=two_stage, whose patches "
+            "cover the slide at dataset.mpp; leave it out"
+        )
+
+
 def _check_ignored(config: RunConfig) -> None:
     """Refuse keys that would have no effect: someone meant something by them."""
     dataset = config.dataset
+    reads_whole = config.approach == "no_fuss" and dataset.fit == "resize"
     if config.memory.oversubscribe and config.device == "cpu":
         raise ConfigError("memory.oversubscribe: is about a GPU's managed memory; leave it out")
-    if dataset.name == "wsi" and dataset.fit == "resize" and dataset.mpp is not None:
+    if dataset.name == "wsi" and reads_whole and dataset.mpp is not None:
         raise ConfigError("dataset.mpp: has no effect with dataset.fit=resize; use pad or crop")
     if dataset.name == "spine":
         defaults = DatasetConfig(name="spine")

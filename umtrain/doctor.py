@@ -15,6 +15,7 @@ from pydicom.uid import UID, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless,
 
 from umtrain.device import cpu_has_bf16, device_name
 from umtrain.errors import DeviceError
+from umtrain.streaming.kernels.native import c_compiler
 from umtrain.units import format_bytes
 
 _PROBE_BYTES = 256 * 2**20
@@ -37,6 +38,7 @@ def examine(spill_dir: Path | None = None) -> list[Finding]:
         _load(),
         _memory(),
         *_gpu(),
+        _compiler(),
         _spill_disk(folder),
         _openslide(),
         *(_codec(uid) for uid in (JPEGBaseline8Bit, JPEG2000Lossless, JPEGLSLossless, RLELossless)),
@@ -95,6 +97,14 @@ def _managed_memory() -> Finding:
     except DeviceError as error:
         return Finding("managed memory", str(error), "memory=um* is refused here; use memory=lms")
     return Finding("managed memory", "concurrent managed access")
+
+
+def _compiler() -> Finding:
+    found = c_compiler()
+    if found is None:
+        advice = "memory=stream runs slower on the processor without one: install cc"
+        return Finding("C compiler", "none", advice)
+    return Finding("C compiler", found)
 
 
 def _spill_disk(folder: Path) -> Finding:

@@ -26,7 +26,8 @@ def choose_run_dir(config: RunConfig) -> Path:
     """Return the folder the run will have; raises ConfigError if there is something in it."""
     if config.run_dir is None:
         stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-        name = f"{stamp}-{config.dataset.name}-{config.model.name}-{config.res}"
+        approach = "" if config.approach == "no_fuss" else f"-{config.approach}"
+        name = f"{stamp}-{config.dataset.name}{approach}-{config.model.name}-{config.res}"
         return RUNS / f"{name}-{config.memory.name}-{os.getpid()}"
     run_dir = Path(config.run_dir).expanduser()
     if run_dir.exists() and not run_dir.is_dir():

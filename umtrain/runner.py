@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -11,7 +11,8 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from umtrain import memory, tasks
+from umtrain import memory, tasks, two_stage
+from umtrain.cases import Explain, grad_cam_maps, write_cases
 from umtrain.checkpoint import BEST, FOLDER, load_checkpoint
 from umtrain.config import RunConfig, run_identity
 from umtrain.console import Console, format_duration
@@ -20,11 +21,12 @@ from umtrain.data.labels import positive_class
 from umtrain.data.manifest import Kind, Manifest, Slide, Split, read_manifest
 from umtrain.device import device_name, resolve_device, resolve_precision
 from umtrain.errors import ConfigError, DataError, OutOfMemoryError, RunError
+from umtrain.logger import RunLogger, check_logger, create_logger
 from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import group_rows, make_groups
 from umtrain.memory.working_set import measure_working_sets
-from umtrain.report import html, plots
+from umtrain.report import html
 from umtrain.report.record import Record, environment, read_record, write_record
 from umtrain.report.tables import group_table, run_table
 from umtrain.run_dir import (
@@ -48,6 +50,7 @@ def fit(config: RunConfig, console: Console) -> Path:
     UmtrainError for what the user can mend and OutOfMemoryError when memory ran out.
     """
     started_s = time.monotonic()
+    check_logger(config.logger)
     recycle_large_buffers()
     run_dir = choose_run_dir(config)
     device = resolve_device(config.device)
@@ -59,13 +62,19 @@ def fit(config: RunConfig, console: Console) -> Path:
     create_run_dir(run_dir, config)
     console.open_log(run_dir / "log.txt")
     record = _new_record("fit", task, device)
+    logger = create_logger(config.logger, run_dir)
     try:
         with _outcome(record, run_dir, started_s):
             _describe(task, device, run_dir, console)
-            _train(task, device, run_dir, record, console)
+            _train(two_stage.network_task(task), device, run_dir, record, console, logger)
+            if config.approach == two_stage.NAME:
+                _fit_slide_model(task, device, run_dir, record, console)
             _test(task, device, run_dir, record, console)
         _publish(run_dir, record, console)
+        pictures = sorted([*run_dir.glob("*.png"), *run_dir.glob("cases/*.png")])
+        logger.pictures(record["train"]["steps"], pictures)
     finally:
+        logger.close()
         console.close_log()
     return run_dir
 
@@ -94,7 +103,7 @@ def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], consol
     if not manifest.split(split):
         raise ConfigError(f"split={split}: {manifest.path} has no rows of this split")
     console.say(f"evaluating {run_dir} on {len(manifest.split(split))} images of split {split}")
-    _evaluate_split(task, split, device, run_dir, record, console)
+    _evaluate_split(task, split, device, run_dir, record, console, config.cases)
     _publish(run_dir, record, console)
     return run_dir
 
@@ -112,6 +121,8 @@ def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyM
     if not manifest.split("train"):
         raise ConfigError(f"{path}: no row has split=train; nothing to train on")
     _check_files(manifest)
+    if config.approach == two_stage.NAME:
+        two_stage.check_masks(manifest)
     if manifest.kind == "wsi":
         # Kept with the run: another version of the rules must not turn its labels round.
         positive = positive_class(cast(Manifest[Slide], manifest), dataset.positive)
@@ -153,6 +164,7 @@ def _new_record(command: str, task: Task, device: torch.device) -> Record:
         "command": command,
         "started_at_s": time.time(),
         **run_identity(config),
+        "annotation": two_stage.annotation(config, manifest),
         "throughput": None,
         "memory_use": None,
         "train": None,
@@ -206,11 +218,21 @@ def _describe(task: Task, device: torch.device, run_dir: Path, console: Console)
         f"model    {config.model.name}, res={config.res}, batch {config.batch_size}, "
         f"norm {config.model.norm}"
     )
+    if config.approach == two_stage.NAME:
+        console.say(
+            f"approach two_stage: {config.dataset.patches_per_slide} patches a training slide and "
+            "epoch, then a slide model"
+        )
     console.say(f"compute  {device_name(device)}, {config.precision}, memory={config.memory.name}")
 
 
 def _train(
-    task: Task, device: torch.device, run_dir: Path, record: Record, console: Console
+    task: Task,
+    device: torch.device,
+    run_dir: Path,
+    record: Record,
+    console: Console,
+    logger: RunLogger,
 ) -> None:
     config = task.config
     torch.manual_seed(config.seed)
@@ -221,13 +243,14 @@ def _train(
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
         with strategy.guard():
-            trainer = Trainer(task, model, strategy, device, run_dir, console)
+            trainer = Trainer(task, model, strategy, device, run_dir, console, logger)
         try:
             with strategy.guard():
                 trainer.fit()
         finally:
             record["train"] = trainer.progress.train_figures()
-            record["throughput"] = trainer.progress.throughput()
+            unit = "patches" if config.approach == two_stage.NAME else "images"
+            record["throughput"] = {**trainer.progress.throughput(), "unit": unit}
             if record["throughput"]["step_s"]["n"] == 0:
                 why = f"{len(trainer.progress.steps)} steps, all of them warm-up"
                 record["reasons"]["throughput.images_per_s.mean"] = why
@@ -235,6 +258,48 @@ def _train(
             reasons = use.pop("reasons")
             record["memory_use"] = {"strategy": strategy.running_name, **use}
             record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
+    finally:
+        strategy.close()
+
+
+def _fit_slide_model(
+    task: Task, device: torch.device, run_dir: Path, record: Record, console: Console
+) -> None:
+    patches = two_stage.network_task(task)
+    model = _best_model(patches, device, run_dir)
+    with _prepared(patches, model, device) as (network, _):
+        fitted = two_stage.fit_slides(task, network, run_dir, console)
+    record["train"]["slide_model"] = dataclasses.asdict(fitted)
+
+
+def _best_model(task: Task, device: torch.device, run_dir: Path) -> nn.Module:
+    """Return the network of the run's best checkpoint; raises RunError if there is none of it."""
+    path = run_dir / FOLDER / BEST
+    model = task.create_model()
+    try:
+        model.load_state_dict(load_checkpoint(path)["model"])
+    except (KeyError, RuntimeError) as error:
+        raise RunError(
+            f"{path}: not a checkpoint of this run's {task.config.model.name}"
+        ) from error
+    return model.to(device)
+
+
+@contextmanager
+def _prepared(
+    task: Task, model: nn.Module, device: torch.device
+) -> Iterator[tuple[nn.Module, Strategy]]:
+    """Yield `model` as the memory strategy evaluates it, and the strategy.
+
+    Raises OutOfMemoryError, in the block too.
+    """
+    strategy = _create_strategy(task.config, device, trace=None)
+    try:
+        with strategy.guard(), autocast(device, task.config.precision):
+            sample = task.sample_input(device, input_dtype(task.config.precision))
+            prepared = strategy.prepare_inference(model, sample)
+        with strategy.guard():
+            yield prepared, strategy
     finally:
         strategy.close()
 
@@ -259,50 +324,65 @@ def _test(
     task: Task, device: torch.device, run_dir: Path, record: Record, console: Console
 ) -> None:
     splits: tuple[Split, ...] = ("val", "test")
+    present = [split for split in splits if task.manifest.split(split)]
     for split in splits:
-        if task.manifest.split(split):
-            _evaluate_split(task, split, device, run_dir, record, console)
+        if split in present:
+            n_cases = task.config.cases if split == present[-1] else 0
+            _evaluate_split(task, split, device, run_dir, record, console, n_cases)
         else:
             record["reasons"][split] = f"the manifest has no rows of split {split}"
 
 
 def _evaluate_split(
-    task: Task, split: Split, device: torch.device, run_dir: Path, record: Record, console: Console
+    task: Task,
+    split: Split,
+    device: torch.device,
+    run_dir: Path,
+    record: Record,
+    console: Console,
+    n_cases: int,
 ) -> None:
-    path = run_dir / FOLDER / BEST
-    model = task.create_model()
-    try:
-        model.load_state_dict(load_checkpoint(path)["model"])
-    except (KeyError, RuntimeError) as error:
-        raise RunError(
-            f"{path}: not a checkpoint of this run's {task.config.model.name}"
-        ) from error
-    loader = task.loader(split, training=False)
-    strategy = _create_strategy(task.config, device, trace=None)
-    try:
-        with strategy.guard(), autocast(device, task.config.precision):
-            sample = task.sample_input(device, input_dtype(task.config.precision))
-            prepared = strategy.prepare_inference(model.to(device), sample)
-        with strategy.guard():
+    network = two_stage.network_task(task)
+    model = _best_model(network, device, run_dir)
+    with _prepared(network, model, device) as (prepared, strategy):
+        if task.config.approach == two_stage.NAME:
+            rows, loss = two_stage.slide_rows(task, prepared, split, run_dir, console)
+        else:
+            loader = task.loader(split, training=False)
             rows, loss = inference(task, prepared, strategy, split, loader, console)
-    finally:
-        strategy.close()
+    validation = record["val"] if split == "test" else None
     record[split] = {
         "loss": loss,
         "n": len(rows),
-        **task.metrics(rows),
+        **task.evidence(rows, validation),
         "precision": task.config.precision,
         "device": task.config.device,
+        "cases": [],
     }
     record["reasons"].pop(split, None)
     write_predictions(run_dir, task.fields, rows, split)
+    if n_cases:
+        maps = _maps(task, model, split, device, run_dir)
+        threshold = record[split].get("threshold", 0.5)
+        record[split]["cases"] = write_cases(
+            task, split, rows, run_dir, console, maps, n_cases=n_cases, threshold=threshold
+        )
+
+
+def _maps(
+    task: Task, model: nn.Module, split: Split, device: torch.device, run_dir: Path
+) -> AbstractContextManager[Explain]:
+    """Return what shows where on a slide the network found its reasons."""
+    if task.config.approach == two_stage.NAME:
+        return two_stage.cancer_maps(task, split, run_dir)
+    return grad_cam_maps(
+        task, model, split, lambda: _create_strategy(task.config, device, trace=None)
+    )
 
 
 def _publish(run_dir: Path, record: Record, console: Console) -> None:
     write_record(run_dir, record)
-    predictions = read_predictions(run_dir)
-    pictures = plots.run_plots(run_dir, record, predictions)
-    report = html.write_report(run_dir, record, pictures)
+    report = html.write_run_page(run_dir, record, read_predictions(run_dir))
     console.show(run_table(record))
     elapsed = record.get("elapsed_s")
     if elapsed is not None:

@@ -30,14 +30,17 @@ from umtrain.config import (
 from umtrain.console import Console, format_duration
 from umtrain.errors import RunError, UmtrainError
 from umtrain.files import write_json, write_text
-from umtrain.report.plots import sweep_plot
+from umtrain.report.plots_sweep import sweep_plot
 from umtrain.report.record import RECORD_NAME, Record, figure, read_record
+from umtrain.report.sweep_page import main_axis, write_sweep_page
 from umtrain.report.tables import strategy_table, sweep_cells, sweep_table
 from umtrain.run_dir import read_run_config
 
 SWEEPS = Path("runs")
+SUMMARY_NAME = "summary.json"
 _SETTLED = ("ok", "oom")
 _LONGEST_NAME = 120
+_ROW_KEYS = ("axes", "status", "dataset", "res", "memory", "device", "reasons")
 _COLUMNS = {
     "status": "status",
     "images_per_s_mean": "throughput.images_per_s.mean",
@@ -227,7 +230,7 @@ def _lost_record(job: Job, code: int, last_line: str) -> Record:
 
 
 def _write_summary(folder: Path, axes: list[str], records: list[Record]) -> None:
-    write_json(folder / "summary.json", records)
+    write_json(folder / SUMMARY_NAME, records)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow([*axes, *_COLUMNS])
@@ -244,9 +247,41 @@ def _show(folder: Path, axes: list[str], records: list[Record], console: Console
     for record in records:
         if record["status"] == "failed":
             console.say(f"failed   {record['axes']}: {record['reasons'].get('status')}")
-    axis = "res" if "res" in axes else axes[0]
-    picture = sweep_plot(folder / "summary.png", records, axis)
-    console.say(f"picture  {picture.path}")
+    picture = sweep_plot(folder / "summary.png", records, main_axis(axes))
+    console.say(f"picture  {picture}")
+    console.say(f"report   {_write_page(folder, axes, records)}")
+
+
+def is_sweep(folder: Path) -> bool:
+    """Tell whether `folder` is a sweep's and not a run's."""
+    return (folder / SUMMARY_NAME).is_file() and not (folder / RECORD_NAME).exists()
+
+
+def rebuild_sweep(folder: Path) -> Path:
+    """Draw a sweep's pictures and write its page again, from summary.json; return the page's path.
+
+    Raises RunError if summary.json is not a list of records of one sweep.
+    """
+    path = folder / SUMMARY_NAME
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        axes = list(records[0]["axes"])
+        whole = bool(axes) and all(
+            list(record["axes"]) == axes and {*_ROW_KEYS} <= record.keys() for record in records
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: not readable as the summary of a sweep ({error})") from error
+    if not whole:
+        raise RunError(
+            f"{path}: not the summary of a sweep; every row needs {', '.join(_ROW_KEYS)}"
+        )
+    return _write_page(folder, axes, records)
+
+
+def _write_page(folder: Path, axes: list[str], records: list[Record]) -> Path:
+    return write_sweep_page(
+        folder, records, axes, [folder / _job_name(record["axes"]) for record in records]
+    )
 
 
 class _Display:

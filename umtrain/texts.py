@@ -40,7 +40,8 @@ COMMANDS = {
         "umtrain sweep key=a,b[,…] [key=value …]",
         "fit the cross product of several values, each job in its own process",
         "A job that fails or runs out of memory is a row of the table. Run the same command again "
-        "to continue: finished jobs are kept. Writes summary.csv, summary.json and summary.png.",
+        "to continue: finished jobs are kept. Writes summary.csv, summary.json, summary.png and "
+        "report.html.",
         (
             "umtrain sweep res=256,512,768,1024",
             "umtrain sweep dataset=spine res=256,512 seed=0,1,2",
@@ -48,11 +49,26 @@ COMMANDS = {
         True,
     ),
     "eval": Command(
-        "umtrain eval [run=DIR] [split=test|val] [device=…] [precision=…] [dataset.manifest=CSV]",
+        "umtrain eval [run=DIR] [split=test|val] [cases=N] [device=…] [precision=…] "
+        "[dataset.manifest=CSV]",
         "evaluate the best checkpoint of a run; the newest run if none is named",
         "Updates metrics.json, predictions.csv and report.html of the run. dataset.manifest and "
         "dataset.root are for the same data in another place.",
         ("umtrain eval", "umtrain eval run=runs/night split=val"),
+        False,
+    ),
+    "report": Command(
+        "umtrain report RUN [RUN …] [out=DIR]",
+        "make the page of a run or a sweep again; compare several runs",
+        "One run or sweep: draws its pictures and report.html from its records, without the "
+        "images. Several runs: compares them, on the images that all have predictions for, with "
+        "the first: curves in one figure, paired tests, every image, the same case side by side, "
+        "time and memory; report.html and comparison.json land in out (runs/comparison-… if none "
+        "is named).",
+        (
+            "umtrain report runs/night",
+            "umtrain report runs/no_fuss runs/two_stage out=runs/no_fuss-two_stage",
+        ),
         False,
     ),
     "data": Command(

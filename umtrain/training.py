@@ -19,6 +19,7 @@ from umtrain.console import Task as Work
 from umtrain.data.loader import Batch, Loader
 from umtrain.data.manifest import Split
 from umtrain.errors import RunError
+from umtrain.logger import RunLogger
 from umtrain.memory.base import Strategy
 from umtrain.report.record import Record, throughput
 from umtrain.tasks import Row, Task
@@ -124,10 +125,12 @@ class Trainer:
         device: torch.device,
         run_dir: Path,
         console: Console,
+        logger: RunLogger,
     ) -> None:
         self.task, self.strategy = task, strategy
         self.config: RunConfig = task.config
         self.device, self.run_dir, self.console = device, run_dir, console
+        self.logger = logger
         self.loader = task.loader("train", training=True)
         self.validation = task.loader("val", training=False)
         with autocast(device, self.config.precision):
@@ -163,9 +166,15 @@ class Trainer:
                 step = self._step(epoch, batches)
                 self.progress.steps.append(step)
                 log.write(step)
+                self._log_step(step)
                 bar.update(done, f"loss {step.loss:.4f}  {step.images / step.step_s:.2f} images/s")
         # The tail of an epoch cut short by max_steps is left unread: end its workers now.
         batches.close()
+
+    def _log_step(self, step: Step) -> None:
+        images_per_s = step.images / step.step_s
+        figures = {"loss": step.loss, "lr": step.lr, "images_per_s": images_per_s}
+        self.logger.step(step.step, figures)
 
     def _step(self, epoch: int, batches: Iterator[tuple[Batch, float]]) -> Step:
         number = len(self.progress.steps) + 1
@@ -230,7 +239,10 @@ class Trainer:
             rows, loss = inference(
                 self.task, self.model, self.strategy, "val", self.validation, self.console
             )
-            better, shown = self._judge(epoch, self.task.metrics(rows), loss)
+            metrics = self.task.metrics(rows)
+            better, shown = self._judge(epoch, metrics, loss)
+            headline = {"loss": loss, self.task.headline: metrics.get(self.task.headline)}
+            self.logger.validation(len(self.progress.steps), headline, rows)
         if better:
             self.progress.best_epoch = epoch
             save_checkpoint(self.run_dir / FOLDER / BEST, self._weights(epoch))

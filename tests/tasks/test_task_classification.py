@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from umtrain import tasks
 from umtrain.config import load_config
 from umtrain.console import Console
 from umtrain.data.manifest import read_manifest
+from umtrain.logger import RunLogger
 from umtrain.memory import create
 from umtrain.training import Trainer
 
@@ -74,7 +76,8 @@ def test_accumulated_batches_are_one_large_batch(slides, tmp_path):
         torch.manual_seed(0)
         model = task.create_model()
         strategy = create("vanilla")
-        trainer = Trainer(task, model, strategy, torch.device("cpu"), tmp_path, Console())
+        device = torch.device("cpu")
+        trainer = Trainer(task, model, strategy, device, tmp_path, Console(), RunLogger())
         before = copy.deepcopy(model.state_dict())
         trainer.fit()
         strategy.close()
@@ -84,3 +87,66 @@ def test_accumulated_batches_are_one_large_batch(slides, tmp_path):
         for key, change in steps["large"].items():
             gap = (steps[name][key] - change).norm() / change.norm().clamp(min=1e-12)
             assert gap < 1e-3, (name, key)
+
+
+def rows_of(task, split, probs):
+    """Return a row for each of `probs`, by turns of the split's slides, the even ones positive."""
+    slides = task.manifest.split(split)
+    return [
+        {"id": slides[i % len(slides)].id, "split": split, "label": (i + 1) % 2, "prob": prob}
+        for i, prob in enumerate(probs)
+    ]
+
+
+def test_the_validation_split_is_judged_at_its_own_best_threshold_and_says_so(slides):
+    task = make_task(slides)
+    found = task.evidence(rows_of(task, "val", [0.4, 0.1, 0.3, 0.2]), None)
+    assert found["threshold"] == pytest.approx(0.25)
+    assert found["threshold_from"] == "the largest Youden index of this split, which flatters it"
+    assert (found["sensitivity"], found["specificity"]) == (1, 1)
+
+
+def test_the_test_split_is_judged_at_the_validation_splits_threshold(slides):
+    task = make_task(slides)
+    validation = task.evidence(rows_of(task, "val", [0.4, 0.1, 0.3, 0.2]), None)
+    # As it is read back from metrics.json.
+    validation = json.loads(json.dumps(validation))
+    found = task.evidence(rows_of(task, "test", [0.9, 0.3, 0.8, 0.1]), validation)
+    assert found["threshold"] == validation["threshold"]
+    assert found["threshold_from"] == "chosen on the validation split"
+    assert found["confusion"] == {"tp": 2, "fp": 1, "tn": 1, "fn": 0}
+
+
+@pytest.mark.parametrize("validation", [None, {}, {"auc": 0.8, "threshold": None}])
+def test_without_a_chosen_threshold_it_is_one_half_and_says_so(slides, validation):
+    task = make_task(slides)
+    found = task.evidence(rows_of(task, "test", [0.9, 0.3]), validation)
+    assert found["threshold"] == 0.5
+    assert found["threshold_from"] == "0.5, as none was chosen on a validation split"
+
+
+def test_a_validation_split_of_one_class_chooses_for_nobody(slides):
+    task = make_task(slides)
+    validation = task.evidence(rows_of(task, "val", [0.9]), None)
+    assert validation["threshold"] == 0.5
+    assert validation["threshold_from"].startswith("0.5, as this split has one class only")
+    found = task.evidence(rows_of(task, "test", [0.9, 0.3]), validation)
+    assert found["threshold_from"] == "0.5, as none was chosen on a validation split"
+
+
+def test_slides_of_a_patient_are_one_in_the_evidence_and_unnamed(slides):
+    manifest = read_manifest(slides, "wsi")
+    shared = [dataclasses.replace(slide, patient_id="Mary Doe") for slide in manifest.records]
+    task = make_task(slides)
+    task.manifest = dataclasses.replace(manifest, records=tuple(shared))
+    found = task.evidence(rows_of(task, "test", [0.9, 0.3]), None)
+    assert found["n_patients"] == 1
+    assert found["auc_ci_bootstrap"] is None
+    assert "Mary" not in json.dumps(found)
+
+
+def test_evidence_has_the_quick_metrics_of_the_rows(slides):
+    task = make_task(slides)
+    rows = rows_of(task, "train", [0.9, 0.3, 0.6, 0.8])
+    found = task.evidence(rows, None)
+    assert {key: found[key] for key in task.metrics(rows)} == task.metrics(rows)

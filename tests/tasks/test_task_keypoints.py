@@ -68,3 +68,21 @@ def test_the_smaller_error_is_the_better_score(task):
     assert task.score({"mae_mm": 1.0}, 5.0) > task.score({"mae_mm": 2.0}, 0.1)
     assert task.score({"mae_mm": 1.0}, 0.1) > task.score({"mae_mm": 1.0}, 0.2)
     assert task.score({"mae_mm": 9.0}, 1.0) > task.score({"mae_mm": None}, 0.1)
+
+
+def test_evidence_of_a_split_is_that_of_its_rows_and_patients(radiographs):
+    task = _task(radiographs)
+    rows = []
+    for batch in task.loader("train", training=False):
+        shape = tuple(side // HEATMAP_STRIDE for side in task.input_shape)
+        perfect = target_heatmaps(batch["keypoints"], shape, HEATMAP_STRIDE).clamp(min=1e-30).log()
+        rows += task.predictions(perfect, batch, "train")
+    found = task.evidence(rows, None)
+    films = task.manifest.split("train")
+    assert (found["n"], found["n_patients"]) == (len(films), len({f.patient_id for f in films}))
+    quick = task.metrics(rows)
+    assert {key: found[key] for key in quick} == quick
+    assert found["icc"]["value"] > 0.99
+    assert found["success"]["c7"]["2"] == 1
+    errors_mm = [row["sva_pred_mm"] - row["sva_true_mm"] for row in rows]
+    assert found["bland_altman"]["bias_mm"] == pytest.approx(sum(errors_mm) / len(errors_mm))

@@ -1,17 +1,25 @@
-"""How well probabilities separate two classes: AUC with a 95% confidence interval, accuracy."""
+"""How well probabilities separate two classes: AUC with a 95% confidence interval, and the rest."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import expit, logit
-from scipy.stats import beta, norm, rankdata
+from scipy.stats import beta
 
-from umtrain.errors import UmtrainError
-
-Floats = NDArray[np.float64]
-
-_LEVEL = 0.95
+from umtrain.evaluation.calibration import calibration_evidence
+from umtrain.evaluation.curves import curve_evidence
+from umtrain.evaluation.intervals import TAILS, Z
+from umtrain.evaluation.operating_point import operating_point
+from umtrain.evaluation.reasons import Section, without
+from umtrain.evaluation.scores import (
+    Bools,
+    Floats,
+    checked_probabilities,
+    checked_scores,
+    one_class_reason,
+    pairs_in_order,
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,12 @@ def roc_auc(labels: ArrayLike, scores: ArrayLike) -> Auc:
     Raises ValueError for arrays of other shapes or labels, or if a class is absent, and
     UmtrainError if a score is not finite.
     """
-    positive, values = _validated(labels, scores)
+    positive, values = checked_scores(labels, scores)
     n_pos, n_neg = int(positive.sum()), int((~positive).sum())
     if min(n_pos, n_neg) == 0:
         raise ValueError(f"AUC needs both classes; got {n_pos} positive and {n_neg} negative")
-    placements_pos, placements_neg = _placements(values[positive], values[~positive])
+    of_positives, of_negatives = pairs_in_order(positive, values)
+    placements_pos, placements_neg = of_positives / n_neg, of_negatives / n_pos
     auc = float(placements_pos.mean())
     if min(n_pos, n_neg) > 1:
         variance = placements_pos.var(ddof=1) / n_pos + placements_neg.var(ddof=1) / n_neg
@@ -55,81 +64,90 @@ def roc_auc(labels: ArrayLike, scores: ArrayLike) -> Auc:
     return Auc(auc, _clopper_pearson_interval(auc, min(n_pos, n_neg)), "clopper-pearson")
 
 
-def classification_metrics(
-    labels: ArrayLike, probs: ArrayLike, threshold: float = 0.5
-) -> dict[str, object]:
-    """Return AUC, its interval and the accuracy of `probs` as a dict fit for JSON.
+def classification_metrics(labels: ArrayLike, probs: ArrayLike, threshold: float = 0.5) -> Section:
+    """Return AUC, its interval and the accuracy of `probs`, quickly, as a dict fit for JSON.
 
     `labels` (n,) are 0 or 1; `probs` (n,) are probabilities of class 1, which is predicted at
     `threshold` and above. Keys: `auc`, `auc_ci` [low, high], `auc_ci_method`, `accuracy`, `n_pos`,
-    `n_neg`. What cannot be had is None, with the reason in `auc_reason` or `accuracy_reason`.
+    `n_neg`. What cannot be had is None, with the reason in `<key>_reason`.
 
     Raises ValueError for arrays of other shapes, labels or ranges, and UmtrainError if a
     probability is not finite.
     """
-    positive, values = _validated(labels, probs)
-    if values.size and (values.min() < 0 or values.max() > 1):
-        raise ValueError(f"probabilities must be in [0, 1]; got {values.min()} to {values.max()}")
-    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
-    counts = {"n_pos": n_pos, "n_neg": n_neg}
-    return {**_auc_metrics(positive, values), **_accuracy(positive, values >= threshold), **counts}
+    positive, values = checked_probabilities(labels, probs)
+    if positive.size:
+        accuracy: Section = {"accuracy": float((positive == (values >= threshold)).mean())}
+    else:
+        accuracy = without("the split has no images", "accuracy")
+    return {**_auc_metrics(positive, values), **accuracy, **_n_of_each_class(positive)}
 
 
-def _auc_metrics(positive: NDArray[np.bool_], values: Floats) -> dict[str, object]:
-    if positive.all() or not positive.any():
-        n_pos, n_neg = int(positive.sum()), int((~positive).sum())
-        reason = f"AUC needs both classes; the split has {n_pos} positive and {n_neg} negative"
-        return {"auc": None, "auc_ci": None, "auc_ci_method": None, "auc_reason": reason}
+def classification_evidence(
+    labels: ArrayLike,
+    probs: ArrayLike,
+    patients: ArrayLike,
+    threshold: float,
+    threshold_from: str,
+) -> Section:
+    """Return all that a reader needs to judge the probabilities of a split, as a dict fit for JSON.
+
+    `labels` and `probs` are as for `classification_metrics`, `patients` (n,) names the patient of
+    each image, `threshold_from` says where the threshold comes from. Keys: `auc`, `auc_ci` and
+    `auc_ci_method` as `roc_auc` has them; `auc_ci_bootstrap`, `average_precision`,
+    `average_precision_ci` and `curves` (see `curve_evidence`); `accuracy`, `sensitivity` and
+    `specificity`, each with its `_ci`, and `confusion` (see `operating_point`); `threshold`,
+    `threshold_from`; `brier` and `calibration` (see `calibration_evidence`); `n_pos`, `n_neg`,
+    `n_patients`. What cannot be had is None, with the reason in `<key>_reason`. Only the bootstrap
+    knows of patients: in the other intervals images count as independent.
+
+    Raises as `classification_metrics` does.
+    """
+    positive, values = checked_probabilities(labels, probs)
+    owners = np.asarray(patients)
+    if owners.shape != positive.shape:
+        raise ValueError(
+            f"expected a patient for each of {positive.size} images; got {owners.shape}"
+        )
+    return {
+        **_discrimination(positive, values, owners),
+        **operating_point(positive, values, threshold),
+        "threshold": float(threshold),
+        "threshold_from": threshold_from,
+        **calibration_evidence(positive, values),
+        **_n_of_each_class(positive),
+        "n_patients": int(np.unique(owners).size),
+    }
+
+
+def _discrimination(positive: Bools, values: Floats, patients: ArrayLike) -> Section:
+    section = _auc_metrics(positive, values)
+    reason = one_class_reason(positive)
+    if reason is None:
+        return section | curve_evidence(positive, values, patients)
+    keys = ("auc_ci_bootstrap", "average_precision", "average_precision_ci", "curves")
+    return section | without(reason, *keys)
+
+
+def _auc_metrics(positive: Bools, values: Floats) -> Section:
+    reason = one_class_reason(positive)
+    if reason is not None:
+        return without(reason, "auc", "auc_ci", "auc_ci_method")
     result = roc_auc(positive, values)
     return {"auc": result.auc, "auc_ci": list(result.ci), "auc_ci_method": result.ci_method}
 
 
-def _accuracy(positive: NDArray[np.bool_], predicted: NDArray[np.bool_]) -> dict[str, object]:
-    if positive.size == 0:
-        return {"accuracy": None, "accuracy_reason": "the split has no images"}
-    return {"accuracy": float((positive == predicted).mean())}
-
-
-def _validated(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], Floats]:
-    truth = np.asarray(labels)
-    values = np.asarray(scores, dtype=np.float64)
-    if truth.ndim != 1 or truth.shape != values.shape:
-        raise ValueError(
-            f"labels and scores must be of one shape (n,); got {truth.shape} and {values.shape}"
-        )
-    if not np.isin(truth, (0, 1)).all():
-        raise ValueError(f"labels must be 0 or 1; got {np.unique(truth).tolist()}")
-    n_bad = int((~np.isfinite(values)).sum())
-    if n_bad:
-        raise UmtrainError(
-            f"{n_bad} of {values.size} predictions are not finite numbers: training diverged; "
-            "lower the learning rate"
-        )
-    return truth.astype(bool), values
-
-
-def _placements(positive: Floats, negative: Floats) -> tuple[Floats, Floats]:
-    """Return for each positive the share of negatives below it, and the reverse; ties count half.
-
-    From midranks, in O(n log n): a value's rank among all, less its rank in its own class, is the
-    number of values of the other class below it.
-    """
-    n_pos, n_neg = len(positive), len(negative)
-    rank_in_all = rankdata(np.concatenate([positive, negative]))
-    below_positive = (rank_in_all[:n_pos] - rankdata(positive)) / n_neg
-    below_negative = (rank_in_all[n_pos:] - rankdata(negative)) / n_pos
-    return below_positive, 1 - below_negative
+def _n_of_each_class(positive: Bools) -> Section:
+    return {"n_pos": int(positive.sum()), "n_neg": int((~positive).sum())}
 
 
 def _logit_interval(auc: float, standard_error: float) -> tuple[float, float]:
-    half_width = norm.ppf((1 + _LEVEL) / 2) * standard_error / (auc * (1 - auc))
+    half_width = Z * standard_error / (auc * (1 - auc))
     return float(expit(logit(auc) - half_width)), float(expit(logit(auc) + half_width))
 
 
 def _clopper_pearson_interval(auc: float, n_trials: int) -> tuple[float, float]:
     # scipy.stats.binomtest has this interval for whole numbers of successes only.
     successes, failures = auc * n_trials, (1 - auc) * n_trials
-    tail = (1 - _LEVEL) / 2
-    low = beta.ppf(tail, successes, failures + 1) if successes > 0 else 0.0
-    high = beta.ppf(1 - tail, successes + 1, failures) if failures > 0 else 1.0
+    low = beta.ppf(TAILS[0], successes, failures + 1) if successes > 0 else 0.0
+    high = beta.ppf(TAILS[1], successes + 1, failures) if failures > 0 else 1.0
     return float(low), float(high)

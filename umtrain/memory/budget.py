@@ -21,12 +21,15 @@ _OUT_OF_MEMORY_TEXTS = (
     "Resource temporarily unavailable",  # the stack of a new thread
 )
 
+_IMPOSSIBLE_SHAPE = "could not create a primitive descriptor"  # oneDNN; memory has no part in it
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` is how torch, or what is below it, says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+    text = str(error).replace(_IMPOSSIBLE_SHAPE, "")
+    return any(sign in text for sign in _OUT_OF_MEMORY_TEXTS)
 
 
 class DeviceBudget(ABC):

@@ -1,5 +1,6 @@
 """ResNet-50 and ResNet-101 for whole-image classification, from torchvision."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -9,6 +10,11 @@ from umtrain.errors import ConfigError
 from umtrain.models.norm import NormLayer
 
 HEAD = "fc"
+
+# Where the last feature map lies on the image: position i is centred on pixel 32 * i, that is on
+# 32 * i + 0.5 where a pixel covers [i, i + 1). Paddings are symmetric, so each stride starts at 0.
+FEATURE_STRIDE_PX = 32
+FIRST_FEATURE_PX = 0.5
 
 _DEFAULT_POOL = "avgmax"
 
@@ -61,6 +67,20 @@ def resnet101(
 ) -> nn.Module:
     """Return a ResNet-101; all else is as in `resnet50`."""
     return _resnet((3, 4, 23, 3), in_channels, n_outputs, norm, pool)
+
+
+def split_classifier(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return a ResNet of this module as (backbone, head), which share its layers.
+
+    `backbone(x)` is the last feature map (N, C, H / 32, W / 32), `head(backbone(x))` is `model(x)`.
+    Both are in the mode that the model is in.
+    """
+    layers = dict(model.named_children())
+    pool, linear = layers.pop("avgpool"), layers.pop(HEAD)
+    backbone, head = nn.Sequential(OrderedDict(layers)), nn.Sequential(pool, nn.Flatten(), linear)
+    # Not train(): it would change the layers, of which frozen norms have a mode of their own.
+    backbone.training = head.training = model.training
+    return backbone, head
 
 
 def _resnet(

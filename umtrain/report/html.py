@@ -1,50 +1,86 @@
-"""report.html: one self-contained page of a run. Every string from outside is escaped."""
+"""report.html of one run: verdict, pictures, figures, cases, data, memory, provenance."""
 
-import base64
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from umtrain.report.canvas import Panel, Picture
+from umtrain.report.facts import (
+    data_tables,
+    memory_table,
+    provenance_table,
+    quality_tables,
+    time_table,
+)
+from umtrain.report.page import REPORT_NAME, Album, Shown, write_page
+from umtrain.report.plots import run_plots
+from umtrain.report.reasons import all_reasons
+from umtrain.report.record import Record, figure
+from umtrain.report.verdict import run_verdict
+from umtrain.report.wording import SPLIT_NAMES, image_name
 
-from umtrain.console import format_duration
-from umtrain.files import write_text
-from umtrain.report.plots import Picture
-from umtrain.report.record import Record
-from umtrain.report.tables import quality, quality_name, run_rows
+_N_OPEN_CASES = 4
+_TIMELINE_WORDS = (
+    "Timeline of one step",
+    "Bars over time of forward, backward, transfers and waiting in one training step",
+    "What was computed and what was moved between device and host memory in one training step. "
+    "Transfers below the bars of forward and backward cost no time; stalls do.",
+)
 
-REPORT_NAME = "report.html"
+
+def write_run_page(run_dir: Path, record: Record, predictions: list[dict[str, Any]]) -> Path:
+    """Draw the run's pictures and write its page; return the page's path."""
+    panels = run_plots(run_dir, record, predictions)
+    return write_report(run_dir, record, panels, _spacing_mm(predictions))
 
 
-def write_report(run_dir: Path, record: Record, pictures: list[Picture]) -> Path:
+def write_report(
+    run_dir: Path,
+    record: Record,
+    panels: list[Panel],
+    spacing_mm: tuple[float, float] | None = None,
+) -> Path:
     """Write the page of one run, with its pictures inside, and return its path."""
-    environment = Environment(
-        loader=PackageLoader("umtrain.report"), autoescape=True, undefined=StrictUndefined
+    album = Album(run_dir)
+    pictures = [album.panel(panel) for panel in panels]
+    timeline = Picture(run_dir / "timeline.png", *_TIMELINE_WORDS)
+    kind = f"{image_name(record['dataset'])}s"
+    config = run_dir / "config.yaml"
+    return write_page(
+        run_dir / REPORT_NAME,
+        "run.html",
+        title=f"{kind.capitalize()} · {record['model']} · res {record['res']}",
+        verdict=run_verdict(record),
+        pictures=pictures,
+        tables=quality_tables(record),
+        cases=_cases(run_dir, record, album),
+        data_tables=data_tables(record, spacing_mm),
+        memory_tables=[memory_table(record), time_table(record)],
+        timeline=album.panel(timeline) if timeline.path.is_file() else None,
+        annotation=figure(record, "annotation"),
+        reasons=all_reasons(record),
+        provenance=provenance_table(run_dir, record),
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
     )
-    page = environment.get_template("run.html").render(
-        title=f"{record['dataset']} · {record['model']} · res {record['res']}",
-        verdict=_verdict(record),
-        rows=run_rows(record),
-        pictures=[(picture.title, _data_uri(picture.path)) for picture in pictures],
-        data=record["data"],
-        reasons=record["reasons"],
-        environment=record["environment"],
-        settings={key: record[key] for key in ("memory", "precision", "device", "seed")},
-    )
-    path = run_dir / REPORT_NAME
-    write_text(path, page)
-    return path
 
 
-def _verdict(record: Record) -> str:
-    if record["status"] != "ok":
-        return f"This run ended as {record['status']}: {record['reasons'].get('status', '')}"
-    took = record.get("elapsed_s")
-    length = f" after {format_duration(took)}" if took is not None else ""
+def _cases(run_dir: Path, record: Record, album: Album) -> list[dict[str, Any]]:
+    """Return the cases of each split that has any: those shown at once, and the folded ones."""
+    found = []
     for split in ("test", "val"):
-        if record[split]:
-            found = f"{quality_name(record['dataset'])} {quality(record, split)}"
-            return f"On {record[split]['n']} {split} images: {found}{length}."
-    return f"Trained{length}; the manifest has no validation or test images."
+        cases: list[Shown] = [
+            album.case(case, run_dir) for case in figure(record, f"{split}.cases") or []
+        ]
+        if cases:
+            found.append(
+                {
+                    "split": SPLIT_NAMES[split],
+                    "open": cases[:_N_OPEN_CASES],
+                    "folded": cases[_N_OPEN_CASES:],
+                }
+            )
+    return found
 
 
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _spacing_mm(predictions: list[dict[str, Any]]) -> tuple[float, float] | None:
+    spacings = [float(row["mm_per_px"]) for row in predictions if row.get("mm_per_px")]
+    return (min(spacings), max(spacings)) if spacings else None

@@ -106,6 +106,11 @@ def figure(record: Record, key: str) -> Any:
     return value
 
 
+def throughput_unit(record: Record) -> str:
+    """Return what throughput counts: images, or the patches that a patch-level network sees."""
+    return str(figure(record, "throughput.unit") or "images")
+
+
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _without_nan(item) for key, item in value.items()}

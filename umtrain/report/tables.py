@@ -5,34 +5,30 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from umtrain.report.record import Record, figure
+from umtrain.report.record import Record, figure, throughput_unit
+from umtrain.report.wording import NOTHING, estimate
 from umtrain.units import format_bytes
 
 
 def mean_std(summary: dict[str, Any] | None, digits: int = 2) -> str:
-    """Return "mean ± std" of a summary, "-" if there is none."""
+    """Return "mean ± std" of a summary, a dash if there is none."""
     if not summary or summary.get("mean") is None:
-        return "-"
+        return NOTHING
     text = f"{summary['mean']:.{digits}f}"
     return text if summary.get("std") is None else f"{text} ± {summary['std']:.{digits}f}"
 
 
 def quality(record: Record, split: str = "test") -> str:
-    """Return the split's headline: AUC with its interval, or SVA error in mm."""
-    section = record.get(split)
-    if not section:
-        return "-"
+    """Return the split's headline with its interval: AUC, or SVA error in mm."""
+    section = record.get(split) or {}
     if section.get("auc") is not None:
-        low, high = section["auc_ci"]
-        return f"{section['auc']:.3f} ({low:.3f}-{high:.3f})"
-    if section.get("mae_mm") is not None:
-        return f"{section['mae_mm']:.2f}"
-    return "-"
+        return estimate(section["auc"], section.get("auc_ci"), 3)
+    return estimate(section.get("mae_mm"), section.get("mae_ci_mm"))
 
 
 def quality_name(dataset: str) -> str:
     """Return the words over the headline column of `dataset`."""
-    return "AUC (95% CI)" if dataset == "wsi" else "SVA MAE, mm"
+    return "AUC (95% CI)" if dataset == "wsi" else "SVA MAE, mm (95% CI)"
 
 
 def run_table(record: Record) -> Table:
@@ -46,7 +42,7 @@ def run_table(record: Record) -> Table:
 
 
 def run_rows(record: Record) -> list[tuple[str, str]]:
-    """Return one run's figures as (name, text) pairs; a figure that is null shows "-"."""
+    """Return one run's figures as (name, text) pairs; a figure that is null shows a dash."""
     rows = [("status", str(record["status"]))]
     for split in ("test", "val"):
         rows += _quality_rows(record, split)
@@ -54,10 +50,10 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
     rss = figure(record, "memory_use.rss_peak_bytes")
     return [
         *rows,
-        ("train images/s", mean_std(figure(record, "throughput.images_per_s"))),
+        (f"train {throughput_unit(record)}/s", mean_std(figure(record, "throughput.images_per_s"))),
         ("step, s", mean_std(figure(record, "throughput.step_s"), 3)),
-        ("device memory, peak", "-" if peak is None else format_bytes(peak)),
-        ("process memory, peak", "-" if rss is None else format_bytes(rss)),
+        ("device memory, peak", NOTHING if peak is None else format_bytes(peak)),
+        ("process memory, peak", NOTHING if rss is None else format_bytes(rss)),
         ("memory strategy", str(record["memory"])),
         ("precision, device", f"{record['precision']}, {record['device']}"),
     ]
@@ -101,12 +97,12 @@ def sweep_cells(record: Record) -> list[str]:
     """Return a job's figures as the sweep's columns show them; OOM where it did not fit."""
     status = str(record["status"])
     if status == "oom":
-        return ["OOM", "-", "-", "-", "oom"]
+        return ["OOM", NOTHING, NOTHING, NOTHING, "oom"]
     peak = figure(record, "memory_use.rss_peak_bytes")
     return [
         mean_std(figure(record, "throughput.images_per_s")),
         mean_std(figure(record, "throughput.step_s"), 3),
-        "-" if peak is None else format_bytes(peak),
+        NOTHING if peak is None else format_bytes(peak),
         quality(record),
         status,
     ]

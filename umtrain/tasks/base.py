@@ -69,7 +69,20 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, rows: list[Row]) -> dict[str, Any]:
-        """Return the figures of merit of `rows`, as the record's test section holds them."""
+        """Return the figures of merit of `rows` that are had quickly: those of each epoch."""
+
+    @abstractmethod
+    def evidence(self, rows: list[Row], validation: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the figures of merit of `rows`, of one split, as the record's section holds them.
+
+        `validation` is the record's section of the validation split, which a test split's
+        figures may depend on; None if there is none, and for the validation split itself.
+        """
+
+    def patients(self, rows: list[Row]) -> list[str]:
+        """Return the patient of each row, by the manifest; never part of a record or a report."""
+        patient_of = {record.id: record.patient_id for record in self.manifest.records}
+        return [patient_of[row["id"]] for row in rows]
 
     @property
     @abstractmethod

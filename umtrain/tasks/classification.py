@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -12,7 +13,8 @@ from umtrain.data.augment import SlideAugment
 from umtrain.data.dataset import SlideDataset
 from umtrain.data.labels import binary_labels
 from umtrain.data.manifest import Manifest, Slide, Split
-from umtrain.evaluation.classification import classification_metrics
+from umtrain.evaluation.classification import classification_evidence, classification_metrics
+from umtrain.evaluation.operating_point import choose_threshold
 from umtrain.tasks.base import Batch, Row, Task
 
 # Grey levels become (level - shift) * scale. From scratch, white, a slide's background, becomes
@@ -23,6 +25,12 @@ _IMAGENET = (
     255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
     1 / (255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)),
 )
+
+_DEFAULT_THRESHOLD = 0.5
+_FROM_VALIDATION = "chosen on the validation split"
+_FROM_THIS_SPLIT = "the largest Youden index of this split, which flatters it"
+_FROM_ONE_CLASS = "0.5, as this split has one class only and nothing to choose by"
+_FROM_NOTHING = "0.5, as none was chosen on a validation split"
 
 
 class ClassificationTask(Task):
@@ -96,9 +104,46 @@ class ClassificationTask(Task):
 
     def metrics(self, rows: list[Row]) -> dict[str, Any]:
         """Return AUC with its interval, and accuracy."""
-        return classification_metrics(
-            np.array([row["label"] for row in rows]), np.array([row["prob"] for row in rows])
-        )
+        return classification_metrics(*_labels_and_probs(rows))
+
+    def evidence(self, rows: list[Row], validation: dict[str, Any] | None) -> dict[str, Any]:
+        """Return `classification_evidence` at the threshold that the validation split chose.
+
+        That split itself is judged at its own best threshold, others at the one that
+        `validation` has, or else at 0.5; `threshold_from` says which.
+        """
+        labels, probs = _labels_and_probs(rows)
+        threshold, source = _threshold(labels, probs, _split_of(rows), validation)
+        return classification_evidence(labels, probs, self.patients(rows), threshold, source)
+
+
+def _labels_and_probs(rows: list[Row]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    labels = np.array([row["label"] for row in rows], dtype=np.int64)
+    return labels, np.array([row["prob"] for row in rows], dtype=np.float64)
+
+
+def _split_of(rows: list[Row]) -> str | None:
+    splits = {row["split"] for row in rows}
+    assert len(splits) <= 1, f"rows of one split expected, got {sorted(splits)}"
+    return next(iter(splits), None)
+
+
+def _threshold(
+    labels: NDArray[np.int64],
+    probs: NDArray[np.float64],
+    split: str | None,
+    validation: dict[str, Any] | None,
+) -> tuple[float, str]:
+    """Return the threshold for a split, and words for where it comes from."""
+    if split == "val":
+        chosen = choose_threshold(labels, probs)
+        if chosen is None:
+            return _DEFAULT_THRESHOLD, _FROM_ONE_CLASS
+        return chosen, _FROM_THIS_SPLIT
+    # A validation split of one class has a threshold too, but one that nothing speaks for.
+    if validation and validation.get("threshold_from") == _FROM_THIS_SPLIT:
+        return validation["threshold"], _FROM_VALIDATION
+    return _DEFAULT_THRESHOLD, _FROM_NOTHING
 
 
 def _class_weights(labels: list[int], scheme: str) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from umtrain.data.augment import RadiographAugment
 from umtrain.data.dataset import RadiographDataset
 from umtrain.data.frame import network_width_px
 from umtrain.data.manifest import Manifest, Radiograph, Split
-from umtrain.evaluation.keypoints import Floats, keypoint_metrics, sva_mm
+from umtrain.evaluation.keypoints import Floats, keypoint_evidence, keypoint_metrics, sva_mm
 from umtrain.models.heatmap import KeypointLoss, decode
 from umtrain.models.resunet35 import HEATMAP_STRIDE
 from umtrain.tasks.base import Batch, Row, Task
@@ -104,12 +105,23 @@ class KeypointTask(Task):
 
     def metrics(self, rows: list[Row]) -> dict[str, Any]:
         """Return SVA errors and radial errors in mm."""
-        true, predicted = (
+        return keypoint_metrics(*_measurements(rows))
+
+    def evidence(self, rows: list[Row], validation: dict[str, Any] | None) -> dict[str, Any]:
+        """Return `keypoint_evidence`; nothing in it depends on `validation`."""
+        return keypoint_evidence(*_measurements(rows), self.patients(rows))
+
+
+def _measurements(rows: list[Row]) -> tuple[Floats, Floats, Floats, list[str]]:
+    """Return true and predicted keypoints (n, 2, 2), spacings (n, 2), and sides (n,)."""
+    true, predicted = (
+        np.array(
             [[[row[f"{name}_{axis}_{kind}"] for axis in "xy"] for name in _NAMES] for row in rows]
-            for kind in ("true", "pred")
         )
-        spacing_mm = [[row["row_mm_per_px"], row["mm_per_px"]] for row in rows]
-        return keypoint_metrics(true, predicted, spacing_mm, [row["facing"] for row in rows])
+        for kind in ("true", "pred")
+    )
+    spacing_mm = np.array([[row["row_mm_per_px"], row["mm_per_px"]] for row in rows])
+    return true, predicted, spacing_mm, [row["facing"] for row in rows]
 
 
 def _stored(xy: Tensor, batch: Batch) -> Floats:

@@ -47,9 +47,14 @@ def native_kernels() -> Kernels | None:
         return None
 
 
+def c_compiler() -> str | None:
+    """Return the C compiler of this machine: $CC, cc or gcc."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+
+
 def compiled() -> Path:
     """Return the compiled file; raises OSError or SubprocessError where it cannot be made."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    compiler = c_compiler()
     if compiler is None:
         raise FileNotFoundError("no C compiler found")
     folder = Path(__file__).parent

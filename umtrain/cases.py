@@ -1,0 +1,315 @@
+"""Single cases of a split, with pictures: the worst predictions, and one that is surely right."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from umtrain.console import Console
+from umtrain.data.dataset import SampleKey, SlideDataset
+from umtrain.data.loader import collate
+from umtrain.data.manifest import AnyRecord, Radiograph, Slide, Split
+from umtrain.data.radiograph import read_radiograph
+from umtrain.data.wsi import SlideFrame, SlideInfo, plan_frame, read_slide, slide_info
+from umtrain.errors import DataError, OutOfMemoryError, UmtrainError
+from umtrain.evaluation.contours import Area, Level, MapGrid, contour_collection
+from umtrain.evaluation.gradcam import grad_cam
+from umtrain.files import write_atomic, write_text
+from umtrain.memory.base import Strategy
+from umtrain.models.resnet import FEATURE_STRIDE_PX, FIRST_FEATURE_PX, split_classifier
+from umtrain.report.overlays import Keypoints, map_beside_slide, save_picture, sva_on_film
+from umtrain.tasks import Row, Task
+from umtrain.training import autocast, input_dtype
+
+FOLDER = "cases"
+N_CASES = 3
+
+_SHOWN_PX = 512
+_LONGEST_NAME = 150
+_FEATURE_GRID = MapGrid(FIRST_FEATURE_PX, FIRST_FEATURE_PX, FEATURE_STRIDE_PX)
+# In the colours of the picture.
+_GRAD_CAM_LEVELS = (
+    Level(0.5, "Grad-CAM 0.5 of max", (33, 145, 140)),
+    Level(0.75, "Grad-CAM 0.75 of max", (94, 201, 98)),
+)
+
+Case = dict[str, str]
+
+
+class Chosen(NamedTuple):
+    """A prediction to show, and why."""
+
+    why: str
+    row: Row
+
+
+class SlideView(NamedTuple):
+    """The square of a slide that a map lies on; see `read_slide` for what the three mean."""
+
+    res: int
+    fit: str = "resize"
+    mpp: float | None = None
+
+
+@dataclass(frozen=True)
+class SlideMap:
+    """A map over a slide: `values` (h, w), 0 or more, of which `most` is drawn as 1.
+
+    `grid` places it on the square `view`. `levels` are contours of values / most; `meaning` labels
+    the colours, `words` go in the caption.
+    """
+
+    values: NDArray[np.float32]
+    most: float
+    view: SlideView
+    grid: MapGrid
+    levels: tuple[Level, ...]
+    meaning: str
+    words: str
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """The values as shares of `most`; a map of zeros stays one."""
+        return self.values.astype(np.float64) / (self.most or 1.0)
+
+
+Explain = Callable[[str], SlideMap]
+Draw = Callable[[Row, Path], str]
+
+
+def write_cases(
+    task: Task,
+    split: Split,
+    rows: list[Row],
+    run_dir: Path,
+    console: Console,
+    maps: AbstractContextManager[Explain],
+    *,
+    n_cases: int = N_CASES,
+    threshold: float = 0.5,
+) -> list[Case]:
+    """Draw the `n_cases` worst predictions of `split` and return {id, picture, caption} of each.
+
+    `rows` are predictions as `task.predictions` returns them. For slides the most confident
+    correct positive comes first, if there is one (`threshold` and above is positive), and `maps`,
+    which is entered for slides only, gives the map of each (see `grad_cam_maps`). Pictures are
+    paths relative to `run_dir`; beside a slide's are its map (.npy) and contours (.geojson). Files
+    of an earlier evaluation of `split` are removed. A case whose file cannot be read any more, or
+    that memory runs out on, is left out, and `console` is told why.
+    """
+    folder = _folder_without(run_dir, split)
+    records = {record.id: record for record in task.manifest.split(split)}
+    drawing: AbstractContextManager[Draw]
+    if task.config.dataset.name == "wsi":
+        chosen = choose_slides(rows, n_cases, threshold)
+        drawing = _slide_drawing(task, records, maps)
+    else:
+        chosen = choose_films(rows, n_cases)
+        drawing = nullcontext(partial(_draw_film, records))
+    cases: list[Case] = []
+    with drawing as draw, console.task(f"cases of {split}", len(chosen)) as bar:
+        for done, (why, row) in enumerate(chosen, 1):
+            place = folder / file_stem(split, row["id"])
+            try:
+                caption = f"{why}: {draw(row, place)}"
+            except (DataError, OutOfMemoryError) as error:
+                console.say(f"case {row['id']} of split {split} is left out: {error}")
+            else:
+                picture = f"{FOLDER}/{place.name}.png"
+                cases.append({"id": row["id"], "picture": picture, "caption": caption})
+            bar.update(done)
+    return cases
+
+
+def _folder_without(run_dir: Path, split: Split) -> Path:
+    """Return the folder of cases, made if need be, without those of `split`."""
+    folder = run_dir / FOLDER
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob(f"{split}-*"):
+        old.unlink()
+    return folder
+
+
+def choose_slides(rows: list[Row], n_cases: int, threshold: float) -> list[Chosen]:
+    """Return the most confident correct positive, if any, then those farthest from their labels.
+
+    That is the order of their unweighted losses. Equal ones are in the order of their ids.
+    """
+    right = [row for row in rows if row["label"] == 1 and row["prob"] >= threshold]
+    surest = sorted(right, key=lambda row: (-row["prob"], row["id"]))[:1]
+    others = [row for row in rows if row not in surest]
+    worst = sorted(others, key=lambda row: (-abs(row["label"] - row["prob"]), row["id"]))
+    first = [Chosen("Most confident correct positive", row) for row in surest]
+    return first + _numbered(worst[:n_cases])
+
+
+def choose_films(rows: list[Row], n_cases: int) -> list[Chosen]:
+    """Return those with the largest errors of SVA; equal ones in the order of their ids."""
+    worst = sorted(rows, key=lambda row: (-abs(row["sva_pred_mm"] - row["sva_true_mm"]), row["id"]))
+    return _numbered(worst[:n_cases])
+
+
+def _numbered(rows: list[Row]) -> list[Chosen]:
+    return [Chosen(f"Worst {at} of {len(rows)}", row) for at, row in enumerate(rows, 1)]
+
+
+def file_stem(split: Split, record_id: str) -> str:
+    """Return the name, without ending, of a case's files: safe, and another for every id.
+
+    All but letters, digits and "_.-~" is written as "=" and hexadecimal bytes.
+    """
+    name = quote(record_id, safe="").replace("%", "=")
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256(record_id.encode()).hexdigest()[:32]
+        name = f"{name[:_LONGEST_NAME]}=-{digest}"  # "=-" is in no name that was not cut
+    return f"{split}-{name}"
+
+
+@contextmanager
+def grad_cam_maps(
+    task: Task, model: nn.Module, split: Split, create_strategy: Callable[[], Strategy]
+) -> Iterator[Explain]:
+    """Yield what makes the Grad-CAM of a slide of `split`, given its id.
+
+    `model` is the trained network on its device, under no strategy. Its last feature map is made
+    as evaluation makes it: in the same precision, under a strategy from `create_strategy`, without
+    gradients. Maps are at the network's own stride. What is yielded raises DataError if the
+    slide cannot be read and OutOfMemoryError if memory runs out.
+    """
+    dataset = task.dataset(split, training=False)
+    assert isinstance(dataset, SlideDataset)
+    positions = {record.id: at for at, record in enumerate(dataset.records)}
+    device, precision = next(model.parameters()).device, task.config.precision
+    dtype = input_dtype(precision)
+    view = SlideView(task.config.res, task.config.dataset.fit, task.config.dataset.mpp)
+    was_training = model.training
+    backbone, head = split_classifier(model.eval())
+    strategy = create_strategy()
+    try:
+        with strategy.guard(), autocast(device, precision):
+            sample = task.sample_input(device, dtype)[:1]
+            prepared = strategy.prepare_inference(backbone, sample)
+        del sample
+
+        def explain(slide_id: str) -> SlideMap:
+            batch = collate([dataset[SampleKey(0, positions[slide_id])]])
+            assert not isinstance(batch, UmtrainError)
+            with strategy.guard(), autocast(device, precision):
+                with torch.no_grad():
+                    features = prepared(task.inputs(batch, device, dtype))
+                values = grad_cam(features, head)[0].float().cpu().numpy()
+            return _grad_cam_map(values, view, str(task.data_facts["positive"]))
+
+        yield explain
+    finally:
+        strategy.close()
+        model.train(was_training)
+
+
+def _grad_cam_map(values: NDArray[np.float32], view: SlideView, positive: str) -> SlideMap:
+    most = float(values.max())
+    if most > 0:
+        meaning = "Grad-CAM, share of its maximum"
+        words = (
+            f"The map is Grad-CAM: how much each place raises the score of class {positive}, as a "
+            "share of the map's own maximum. It is relative importance within this slide, not a "
+            "probability."
+        )
+    else:
+        meaning = "Grad-CAM: 0 everywhere"
+        words = f"Grad-CAM is 0 everywhere: no place raises the score of class {positive}."
+    return SlideMap(values, most, view, _FEATURE_GRID, _GRAD_CAM_LEVELS, meaning, words)
+
+
+@contextmanager
+def _slide_drawing(
+    task: Task, records: dict[str, AnyRecord], maps: AbstractContextManager[Explain]
+) -> Iterator[Draw]:
+    positive = str(task.data_facts["positive"])
+    with maps as explain:
+
+        def draw(row: Row, place: Path) -> str:
+            slide = records[row["id"]]
+            assert isinstance(slide, Slide)
+            explained = explain(slide.id)
+            label = "positive" if row["label"] == 1 else "negative"
+            title = f"label: {label}      predicted probability of positive: {row['prob']:.3f}"
+            n_contours = write_slide_map(place, slide, explained, title)
+            file = f"{FOLDER}/{place.name}.geojson"
+            contours = f"Contours for QuPath: {file}." if n_contours else "It has no contours."
+            return (
+                f"{slide.id}, label {slide.label} ({label}), predicted probability of class "
+                f"{positive}: {row['prob']:.3f}. {explained.words} {contours}"
+            )
+
+        yield draw
+
+
+def write_slide_map(place: Path, slide: Slide, explained: SlideMap, title: str) -> int:
+    """Write a map over a slide to `place` + .npy, .geojson (level-0 pixels) and .png.
+
+    `title` heads the picture. Returns the number of contours. Raises DataError if the slide cannot
+    be read.
+    """
+    info = slide_info(slide.path)
+    res, fit, mpp = explained.view
+    frame = plan_frame(info, res, fit, mpp, slide.mpp)
+    # The same square at another size, read anew: from a coarse level, so it costs next to nothing.
+    shown_mpp = None if mpp is None else mpp * res / _SHOWN_PX
+    picture, shown = read_slide(slide.path, _SHOWN_PX, fit=fit, mpp=shown_mpp, slide_mpp=slide.mpp)
+    own_mpp = slide.mpp if slide.mpp is not None else info.mpp
+    shares, grid = explained.shares, explained.grid
+    area = _slide_area(frame, info, res)
+    contours = contour_collection(shares, grid, area, explained.levels, frame.to_l0)
+    canvas = map_beside_slide(
+        picture,
+        grid.raster(shares, res, _SHOWN_PX),
+        title=title,
+        meaning=explained.meaning,
+        levels=[level.value for level in explained.levels],
+        um_per_px=None if own_mpp is None else own_mpp * shown.scale,
+    )
+    write_atomic(_file(place, ".npy"), lambda stream: np.save(stream, explained.values))
+    write_text(_file(place, ".geojson"), json.dumps(contours, allow_nan=False))
+    save_picture(canvas, _file(place, ".png"))
+    return len(contours["features"])
+
+
+def _slide_area(frame: SlideFrame, info: SlideInfo, res: int) -> Area:
+    """Return what the slide fills of the square."""
+    left, top = frame.to_out(0, 0)
+    right, bottom = frame.to_out(info.width_px, info.height_px)
+    return Area(max(0.0, left), max(0.0, top), min(float(res), right), min(float(res), bottom))
+
+
+def _file(place: Path, ending: str) -> Path:
+    return place.with_name(place.name + ending)
+
+
+def _draw_film(records: dict[str, AnyRecord], row: Row, place: Path) -> str:
+    film = records[row["id"]]
+    assert isinstance(film, Radiograph)
+    true, predicted = (_keypoints(row, kind) for kind in ("true", "pred"))
+    spacing_mm = row["row_mm_per_px"], row["mm_per_px"]
+    canvas = sva_on_film(read_radiograph(film.path).pixels, true, predicted, spacing_mm)
+    save_picture(canvas, _file(place, ".png"))
+    return (
+        f"{film.id}, SVA {true.sva_mm:+.1f} mm, predicted {predicted.sva_mm:+.1f} mm, error "
+        f"{abs(predicted.sva_mm - true.sva_mm):.1f} mm. SVA is positive where C7 is in front of "
+        f"S1; this patient faces {row['facing']}."
+    )
+
+
+def _keypoints(row: Row, kind: str) -> Keypoints:
+    c7, s1 = ((row[f"{name}_x_{kind}"], row[f"{name}_y_{kind}"]) for name in ("c7", "s1"))
+    return Keypoints(c7, s1, row[f"sva_{kind}_mm"])
