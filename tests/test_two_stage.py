@@ -124,13 +124,16 @@ def test_the_map_that_is_drawn_lies_where_the_patches_lie(mapped, manifest):
     with two_stage.cancer_maps(task, "test", run_dir) as explain:
         drawn = explain(slide.id)
     kept = maps[slide.id]
-    assert np.array_equal(drawn.values, kept.cancer)
     frame = plan_frame(slide_info(slide.path), *drawn.view, slide.mpp)
+    n_y, n_x = drawn.values.shape
+    x_px, y_px = drawn.grid.x_px(n_x), drawn.grid.y_px(n_y)
+    for row, column in np.ndindex(drawn.values.shape):
+        at = kept.to_map(*frame.to_l0(x_px[column], y_px[row]))
+        assert drawn.values[row, column] == kept.cancer[int(at[1]), int(at[0])]
+    corners = frame.to_l0(x_px[0], y_px[0]), frame.to_l0(x_px[-1], y_px[-1])
+    assert kept.to_map(*corners[0]) == pytest.approx((1 / 8, 1 / 8))
     n_rows, n_columns = kept.cancer.shape
-    x_px, y_px = drawn.grid.x_px(n_columns), drawn.grid.y_px(n_rows)
-    for row, column in np.ndindex(n_rows, n_columns):
-        at = frame.to_l0(x_px[column], y_px[row])
-        assert at == pytest.approx(kept.to_l0(column + 0.5, row + 0.5))
+    assert kept.to_map(*corners[1]) == pytest.approx((n_columns - 1 / 8, n_rows - 1 / 8))
 
 
 def test_what_had_to_be_annotated_is_said(manifest):

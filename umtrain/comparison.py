@@ -16,9 +16,10 @@ from umtrain.evaluation.keypoints import keypoint_evidence
 from umtrain.files import write_json
 from umtrain.report.comparison_page import write_comparison_page
 from umtrain.report.facts import started_at
-from umtrain.report.record import Record, figure, read_record
+from umtrain.report.record import RECORD_NAME, Record, figure, read_record
 from umtrain.report.verdict import comparison_verdict
 from umtrain.run_dir import RUNS, read_predictions
+from umtrain.sweep import SUMMARY_NAME
 
 COMPARISON_NAME = "comparison.json"
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -44,6 +45,7 @@ def compare(run_dirs: list[Path], out: Path | None, console: Console) -> Path:
     report.html into `out` (null: runs/comparison-…). Raises RunError if the runs cannot be
     compared: of different datasets, without shared images, or with other truths for one image.
     """
+    _check_out(out)
     runs = _read_runs(run_dirs)
     split = _common_split(runs)
     ids = _shared_ids(runs, split)
@@ -64,6 +66,13 @@ def compare(run_dirs: list[Path], out: Path | None, console: Console) -> Path:
         console.say(line)
     console.say(f"report   {page}")
     return folder
+
+
+def _check_out(out: Path | None) -> None:
+    """Raise RunError for a folder whose own report.html a comparison would replace."""
+    for name in (RECORD_NAME, SUMMARY_NAME):
+        if out is not None and (out / name).exists():
+            raise RunError(f"out={out} is a run or a sweep, which has {name}; name a new folder")
 
 
 def _folder_name(runs: list[Run]) -> str:

@@ -175,11 +175,26 @@ def _new_record(command: str, task: Task, device: torch.device) -> Record:
             "manifest": config.dataset.manifest,
             "manifest_sha256": manifest.sha256,
             **{f"n_{split}": len(manifest.split(split)) for split in get_args(Split)},
+            "n_patients": {split: _n_patients(manifest, split) for split in get_args(Split)},
+            **_scale(manifest),
             **task.data_facts,
             "skipped": [],
         },
         "reasons": {},
     }
+
+
+def _n_patients(manifest: AnyManifest, split: Split) -> int:
+    return len({image.patient_id for image in manifest.split(split)})
+
+
+def _scale(manifest: AnyManifest) -> Record:
+    """Return the range of sizes of a pixel that the manifest states, µm or mm, and how many not."""
+    key = "mpp" if manifest.kind == "wsi" else "mm_per_px"
+    values = [getattr(record, key) for record in manifest.records]
+    stated = [value for value in values if value is not None]
+    limits = {"min": min(stated, default=None), "max": max(stated, default=None)}
+    return {key: {**limits, "n_unstated": len(values) - len(stated)}}
 
 
 @contextmanager

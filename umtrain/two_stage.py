@@ -44,6 +44,8 @@ SLIDE_MODEL = "slide_model.json"
 _N_SHOWN = 20
 _N_THREADS = 2
 _VIEW = SlideView(1024)
+# Maps are drawn smooth between their positions: a patch is drawn as so many a side, all the same.
+_DRAWN_PER_SIDE = 4
 # In the colours of the picture.
 _LEVELS = (
     Level(0.5, "cancer 0.5", (33, 145, 140)),
@@ -142,13 +144,14 @@ def _slide_map(slide: Slide, run_dir: Path) -> SlideMap:
     kept = read_map(map_path(run_dir, slide))
     frame = plan_frame(slide_info(slide.path), *_VIEW, slide.mpp)
     left, top = frame.to_out(*kept.to_l0(0, 0))
-    stride_px = kept.l0_side / frame.scale
+    stride_px = kept.l0_side / frame.scale / _DRAWN_PER_SIDE
     grid = MapGrid(left + stride_px / 2, top + stride_px / 2, stride_px)
+    drawn = kept.cancer.repeat(_DRAWN_PER_SIDE, axis=0).repeat(_DRAWN_PER_SIDE, axis=1)
     words = (
         "The map is the probability of cancer that the patch network gives, patch by patch; places "
         "without tissue count as 0."
     )
-    return SlideMap(kept.cancer, 1.0, _VIEW, grid, _LEVELS, "probability of cancer", words)
+    return SlideMap(drawn, 1.0, _VIEW, grid, _LEVELS, "probability of cancer", words)
 
 
 def probability_maps(

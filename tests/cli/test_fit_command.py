@@ -12,6 +12,7 @@ import pytest
 
 from umtrain.checkpoint import load_checkpoint
 
+PICTURES = ("roc", "pr", "probabilities", "calibration", "confusion")
 SMALL = ("res=64", "epochs=2", "dataset.workers=0", "precision=fp32")
 
 
@@ -36,9 +37,11 @@ def test_a_run_directory_holds_what_the_readme_names(finished_run):
         "checkpoints/last.pt",
         "report.html",
         "training.png",
-        "roc_test.png",
+        *(f"{name}_test.png" for name in PICTURES),
+        *(path for path in names if path.startswith("cases/test-slide_")),
         "log.txt",
     }
+    assert {path.suffix for path in (run_dir / "cases").iterdir()} == {".png", ".npy", ".geojson"}
 
 
 def test_the_record_says_what_ran_and_what_came_of_it(finished_run):

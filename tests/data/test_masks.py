@@ -70,7 +70,10 @@ def test_every_pixel_of_a_class_is_drawn_equally_often():
 
 @settings(max_examples=60)
 @given(
-    st.sampled_from([1, 2, 4, 8, 16, 32]), st.integers(40, 900), st.integers(40, 900), st.booleans()
+    st.sampled_from([1, 2, 4, 8, 16, 32]),
+    st.integers(160, 900),
+    st.integers(160, 900),
+    st.booleans(),
 )
 def test_the_downsample_follows_from_the_sizes(tmp_path_factory, downsample, width, height, cut):
     # Cut off or filled up, as the tool that made the mask has it.

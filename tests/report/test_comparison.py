@@ -210,6 +210,10 @@ def test_out_that_is_a_file_is_named(pair, tmp_path, capsys):
     assert "file: cannot be made" in refused(capsys, *pair, f"out={tmp_path / 'file'}")
 
 
+def test_out_never_replaces_the_page_of_a_run(pair, capsys):
+    assert "is a run or a sweep" in refused(capsys, *pair, f"out={pair[0]}")
+
+
 def test_a_run_is_made_again_from_its_files_alone(pair, capsys):
     run_dir = pair[0]
     assert report(run_dir) == 0

@@ -5,11 +5,13 @@ which took features of the tumour map's largest regions to a classifier of slide
 
 # Note: [Maps of training slides]
 The slide model learns from the maps of the slides that the patch network was trained on. Such
-maps are better than those of new slides as far as the network knows its patches by heart, and a
-threshold learned from them would then be too high. Cross-fitting would mend it and costs a network
-for each fold. It is left out: patches are drawn anew in every epoch, so that hardly one is seen
-twice, and the few features are regularised. That the network does no better on patches of its own
-slides can be read from the record: the training loss beside the validation's.
+maps are better than those of new slides. Seen after 60 steps on 39 synthetic slides: the mean log
+odds of the likeliest patch were 2.9 in positive and 0.6 in negative training slides, 2.4 and 1.0 in
+those for test. So probabilities are a little too certain, while the order of slides, and with it
+the AUC, hardly suffers: the features of both kinds of slides move towards each other. Cross-fitting
+would mend it at the cost of one more patch network for each fold, several times the whole training;
+it is left out. The penalty is strong instead, the features are few, patches are drawn anew in
+every epoch, and the operating point is chosen on the validation split.
 """
 
 import json

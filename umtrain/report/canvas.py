@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
-from cycler import cycler
 from matplotlib.figure import Figure
 
 from umtrain.files import write_atomic
@@ -26,7 +25,6 @@ _STYLE = {
     "legend.fontsize": 10,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "axes.prop_cycle": cycler(color=COLOURS),
 }
 
 

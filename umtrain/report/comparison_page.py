@@ -84,7 +84,7 @@ def _tests_table(comparison: Comparison) -> TextTable:
     suffix = "_mm" if spine else ""
     rows: list[tuple[Cell, ...]] = [
         (
-            f"{test['run']} − {test['against']}",
+            f"{test['run']}\u00a0−\u00a0{test['against']}",
             estimate(test.get(f"difference{suffix}"), test.get(f"ci{suffix}"), 3),
             p_value(test.get("p")).removeprefix("p ").removeprefix("= "),
             shown_by(test, comparison["dataset"]),

@@ -104,7 +104,7 @@ _SLIDES: dict[str, _Teller] = {
     "Patients": lambda section: str(section["n_patients"]),
     "AUC": _with_interval("auc", 3),
     "Method of its interval": lambda section: str(section["auc_ci_method"]),
-    "AUC, interval by bootstrap over patients": lambda s: interval(s["auc_ci_bootstrap"], 3),
+    "AUC, by bootstrap": lambda s: interval(s["auc_ci_bootstrap"], 3),
     "Average precision": _with_interval("average_precision", 3),
     "Threshold": _threshold,
     "Sensitivity": _with_interval("sensitivity", 3),

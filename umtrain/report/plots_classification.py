@@ -10,7 +10,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from umtrain.report.canvas import BLUE, GREY, ORANGE, Absent, Panel, Picture, drawing
 from umtrain.report.reasons import why_absent
 from umtrain.report.record import Record, figure
-from umtrain.report.wording import SPLIT_NAMES, estimate, interval, number, percent
+from umtrain.report.wording import SPLIT_NAMES, estimate, images, interval, number, percent
 
 Row = dict[str, Any]
 _INK = "#1d2530"
@@ -131,7 +131,7 @@ def _probabilities(
         axes.set(
             xticks=[0, 1], xlim=(-0.5, 1.5), ylim=(-0.03, 1.03), ylabel="probability of positive"
         )
-        counts = [f"{names[i]}\n{labels.count(i)} slides" for i in (0, 1)]
+        counts = [f"{names[i]}\n{images('wsi', labels.count(i))}" for i in (0, 1)]
         axes.set_xticklabels(counts)
         axes.grid(axis="x", visible=False)
     line = (

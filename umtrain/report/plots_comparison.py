@@ -1,16 +1,20 @@
 """Pictures of several runs on the images that they share."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
+import numpy as np
+from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from umtrain.report.canvas import BLUE, COLOURS, GREY, ORANGE, Absent, Panel, Picture, drawing
 from umtrain.report.plots_keypoints import cumulative
-from umtrain.report.wording import estimate, number
+from umtrain.report.wording import estimate
 
 Comparison = dict[str, Any]
+Floats = NDArray[np.float64]
 _STYLES = ("-", "--", "-.", ":")
 
 
@@ -19,10 +23,50 @@ def comparison_plots(folder: Path, comparison: Comparison) -> list[Panel]:
     if comparison["dataset"] == "spine":
         return [_errors(folder, comparison), *_error_pairs(folder, comparison)]
     return [
-        _curves(folder, comparison, _roc_curve, "ROC curves", "roc.png"),
-        _curves(folder, comparison, _pr_curve, "Precision and recall", "pr.png"),
+        _curves(folder, comparison, _ROC, "auc"),
+        _curves(folder, comparison, _PR, "average_precision"),
         *_probability_pairs(folder, comparison),
     ]
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A kind of curve: how to have its x and y, and the words and places around it."""
+
+    title: str
+    file: str
+    points: Callable[[list[int], list[float]], tuple[Floats, Floats]]
+    labels: tuple[str, str]
+    legend: tuple[str, str]
+    best_corner: str
+
+
+def _roc_points(labels: list[int], probs: list[float]) -> tuple[Floats, Floats]:
+    false_positive, true_positive, _ = roc_curve(labels, probs)
+    return false_positive, true_positive
+
+
+def _pr_points(labels: list[int], probs: list[float]) -> tuple[Floats, Floats]:
+    precision, recall, _ = precision_recall_curve(labels, probs)
+    return recall, precision
+
+
+_ROC = _Curve(
+    "ROC curves",
+    "roc.png",
+    _roc_points,
+    ("1 − specificity", "sensitivity"),
+    ("AUC", "lower right"),
+    "top left",
+)
+_PR = _Curve(
+    "Precision and recall",
+    "pr.png",
+    _pr_points,
+    ("recall (sensitivity)", "precision"),
+    ("average precision", "lower left"),
+    "top right",
+)
 
 
 def _look(number_: int) -> dict[str, Any]:
@@ -32,50 +76,32 @@ def _look(number_: int) -> dict[str, Any]:
     }
 
 
-def _curves(folder: Path, comparison: Comparison, draw: Any, title: str, name: str) -> Panel:
+def _curves(folder: Path, comparison: Comparison, curve: _Curve, area: str) -> Panel:
     labels = [image["label"] for image in comparison["images"]]
     if len(set(labels)) < 2:
-        return Absent(title, "the images that the runs share are all of one class")
-    path = folder / name
+        return Absent(curve.title, "the images that the runs share are all of one class")
+    prevalence = sum(labels) / len(labels)
+    path = folder / curve.file
     with drawing(path) as canvas:
         axes = canvas.subplots()
         for i, run in enumerate(comparison["runs"]):
+            shared = run["shared"]
+            words = f"{run['run']}  {estimate(shared.get(area), shared.get(f'{area}_ci'))}"
             probs = [image["probs"][i] for image in comparison["images"]]
-            draw(axes, labels, probs, run, _look(i))
+            axes.plot(*curve.points(labels, probs), label=words, **_look(i))
+        chance = [0, 1] if curve is _ROC else [prevalence, prevalence]
+        axes.plot([0, 1], chance, color=GREY, linestyle=":", linewidth=1.2)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-        if draw is _roc_curve:
-            axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.2)
-            axes.legend(loc="lower right", title="AUC")
-        else:
-            axes.axhline(sum(labels) / len(labels), color=GREY, linestyle=":", linewidth=1.2)
-            axes.legend(loc="lower left", title="average precision")
-    higher = "nearer the top left corner" if draw is _roc_curve else "nearer the top right corner"
+        axes.set(xlabel=curve.labels[0], ylabel=curve.labels[1])
+        axes.legend(title=curve.legend[0], loc=curve.legend[1])
     return Picture(
         path,
-        title,
-        f"{title} of {len(comparison['runs'])} runs",
-        f"All runs on the same {len(labels)} slides; {higher} is better, dotted is chance. Curves "
-        "that cross or lie close are told apart by the paired test below, not by eye.",
+        curve.title,
+        f"{curve.title} of {len(comparison['runs'])} runs",
+        f"All runs on the same {len(labels)} slides; nearer the {curve.best_corner} corner is "
+        "better, dotted is chance. Curves that cross or lie close are told apart by the paired "
+        "test below, not by eye.",
     )
-
-
-def _roc_curve(
-    axes: Axes, labels: list[int], probs: list[float], run: dict[str, Any], look: dict[str, Any]
-) -> None:
-    false_positive, true_positive, _ = roc_curve(labels, probs)
-    shared = run["shared"]
-    words = f"{run['run']}  {estimate(shared.get('auc'), shared.get('auc_ci'))}"
-    axes.plot(false_positive, true_positive, label=words, **look)
-    axes.set(xlabel="1 − specificity", ylabel="sensitivity")
-
-
-def _pr_curve(
-    axes: Axes, labels: list[int], probs: list[float], run: dict[str, Any], look: dict[str, Any]
-) -> None:
-    precision, recall, _ = precision_recall_curve(labels, probs)
-    words = f"{run['run']}  {number(run['shared'].get('average_precision'))}"
-    axes.plot(recall, precision, label=words, **look)
-    axes.set(xlabel="recall (sensitivity)", ylabel="precision")
 
 
 def _probability_pairs(folder: Path, comparison: Comparison) -> list[Panel]:

@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+from matplotlib.ticker import MaxNLocator
+
 from umtrain.report.canvas import BLUE, GREY, ORANGE, Absent, Panel, Picture, drawing
 from umtrain.report.record import Record, figure
 
@@ -33,6 +35,7 @@ def training_plot(run_dir: Path, record: Record) -> Panel:
         if known:
             axes.plot(*zip(*known, strict=True), "o-", color=ORANGE, label="validation")
         axes.set(xlabel="step", ylabel="loss")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
     return Picture(
         path,

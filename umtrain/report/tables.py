@@ -64,6 +64,11 @@ def _quality_rows(record: Record, split: str) -> list[tuple[str, str]]:
     if not section:
         return []
     rows = [(f"{split} {quality_name(record['dataset'])}", quality(record, split))]
+    rows += [
+        (f"{split} {key} (95% CI)", estimate(section[key], section.get(f"{key}_ci"), 3))
+        for key in ("sensitivity", "specificity")
+        if section.get(key) is not None
+    ]
     named = {
         "accuracy": ("accuracy", 3),
         "median_ae_mm": ("SVA median AE, mm", 2),
