@@ -11,7 +11,7 @@ mkdir -p "$folder"
 has() { [ -f "$folder/$1/report.html" ]; }
 
 manifest=$folder/slides/manifest.csv
-[ -f "$manifest" ] || "$umtrain" data make dataset=wsi n=240 size=1536 out="$folder/slides"
+[ -f "$manifest" ] || "$umtrain" data make dataset=wsi n=200 size=1536 out="$folder/slides"
 
 fit() {
     name=$1
@@ -20,9 +20,11 @@ fit() {
 }
 fit whole_1024 dataset=wsi dataset.manifest="$manifest" res=1024
 fit resized_512 dataset=wsi dataset.manifest="$manifest" res=512
-fit two_stage dataset=wsi dataset.manifest="$manifest" approach=two_stage res=256
-"$umtrain" report "$folder/whole_1024" "$folder/resized_512" "$folder/two_stage" out="$folder/slides_report"
+fit two_stage dataset=wsi dataset.manifest="$manifest" approach=two_stage \
+    dataset.patches_per_slide=8 epochs=2
+"$umtrain" report "$folder/whole_1024" "$folder/resized_512" "$folder/two_stage" \
+    out="$folder/slides_report"
 
-"$umtrain" sweep dataset=spine res=256,384,512 run_dir="$folder/spine"
-"$umtrain" report "$folder/spine/res-256" "$folder/spine/res-384" "$folder/spine/res-512" \
+"$umtrain" sweep dataset=spine res=192,256,384 run_dir="$folder/spine"
+"$umtrain" report "$folder/spine/res-192" "$folder/spine/res-256" "$folder/spine/res-384" \
     out="$folder/spine_report"

@@ -268,7 +268,8 @@ def test_files_of_an_earlier_evaluation_of_the_split_go_and_others_stay(slides, 
     (tmp_path / "cases").mkdir()
     for name in ("train-old.png", "val-old.png"):
         (tmp_path / "cases" / name).touch()
-    write_cases(task, "train", [], tmp_path, make_console(), nullcontext(some_map))
+    console = make_console()
+    write_cases(task, "train", [], tmp_path, console, nullcontext(some_map), n_cases=3)
     assert [path.name for path in (tmp_path / "cases").iterdir()] == ["val-old.png"]
 
 

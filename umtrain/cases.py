@@ -22,7 +22,7 @@ from umtrain.data.manifest import AnyRecord, Radiograph, Slide, Split
 from umtrain.data.radiograph import read_radiograph
 from umtrain.data.wsi import SlideFrame, SlideInfo, plan_frame, read_slide, slide_info
 from umtrain.errors import DataError, OutOfMemoryError, UmtrainError
-from umtrain.evaluation.contours import Area, Level, MapGrid, contour_collection
+from umtrain.evaluation.contours import Area, Level, MapGrid, ToL0, contour_collection
 from umtrain.evaluation.gradcam import grad_cam
 from umtrain.files import write_atomic, write_text
 from umtrain.memory.base import Strategy
@@ -32,7 +32,6 @@ from umtrain.tasks import Row, Task
 from umtrain.training import autocast, input_dtype
 
 FOLDER = "cases"
-N_CASES = 3
 
 _SHOWN_PX = 512
 _LONGEST_NAME = 150
@@ -95,7 +94,7 @@ def write_cases(
     console: Console,
     maps: AbstractContextManager[Explain],
     *,
-    n_cases: int = N_CASES,
+    n_cases: int,
     threshold: float = 0.5,
 ) -> list[Case]:
     """Draw the `n_cases` worst predictions of `split` and return {id, picture, caption} of each.
@@ -270,7 +269,7 @@ def write_slide_map(place: Path, slide: Slide, explained: SlideMap, title: str) 
     own_mpp = slide.mpp if slide.mpp is not None else info.mpp
     shares, grid = explained.shares, explained.grid
     area = _slide_area(frame, info, res)
-    contours = contour_collection(shares, grid, area, explained.levels, frame.to_l0)
+    contours = contour_collection(shares, grid, area, explained.levels, _to_qupath(frame, info))
     canvas = map_beside_slide(
         picture,
         grid.raster(shares, res, _SHOWN_PX),
@@ -283,6 +282,17 @@ def write_slide_map(place: Path, slide: Slide, explained: SlideMap, title: str) 
     write_text(_file(place, ".geojson"), json.dumps(contours, allow_nan=False))
     save_picture(canvas, _file(place, ".png"))
     return len(contours["features"])
+
+
+def _to_qupath(frame: SlideFrame, info: SlideInfo) -> ToL0:
+    """Return the map from the square to the pixels that QuPath shows."""
+    origin_x, origin_y = info.qupath_origin_px
+
+    def to_qupath(x_px: float, y_px: float) -> tuple[float, float]:
+        l0_x, l0_y = frame.to_l0(x_px, y_px)
+        return l0_x - origin_x, l0_y - origin_y
+
+    return to_qupath
 
 
 def _slide_area(frame: SlideFrame, info: SlideInfo, res: int) -> Area:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from umtrain.data import wsi
 from umtrain.data.wsi import SlideFrame, SlideInfo, plan_frame, read_slide, slide_info
 from umtrain.errors import DataError
 
@@ -247,3 +248,17 @@ def _mean(path: Path) -> float:
 def test_slides_read_in_worker_processes(square: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(_mean, [square]) == [_mean(square)]
+
+
+BOUNDS = {f"openslide.bounds-{name}": value for name, value in (("x", "40"), ("y", "7"))}
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "origin"),
+    [("900", "600", (40, 7)), ("1000", "600", (0, 0)), (None, "600", (0, 0))],
+)
+def test_qupath_counts_from_the_bounds_where_they_are_smaller_both_ways(width, height, origin):
+    stated = {**BOUNDS, "openslide.bounds-height": height}
+    if width is not None:
+        stated["openslide.bounds-width"] = width
+    assert wsi._qupath_origin_px(stated, (1000, 800)) == origin

@@ -33,13 +33,18 @@ _RGBA_BYTES = 4
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What a slide's header says: sides in level-0 pixels, pyramid, microns per pixel, scanner."""
+    """What a slide's header says: sides in level-0 pixels, pyramid, microns per pixel, scanner.
+
+    `qupath_origin_px` is the level-0 place that QuPath counts from: it crops a slide to the bounds
+    of what was scanned, where the header states them.
+    """
 
     width_px: int
     height_px: int
     level_downsamples: tuple[float, ...]
     mpp: float | None
     vendor: str
+    qupath_origin_px: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,25 @@ def _info(slide: openslide.OpenSlide) -> SlideInfo:
         level_downsamples=tuple(slide.level_downsamples),
         mpp=_square_mpp(slide.properties),
         vendor=slide.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
+        qupath_origin_px=_qupath_origin_px(slide.properties, slide.dimensions),
     )
+
+
+def _qupath_origin_px(properties: Mapping[str, str], size_px: tuple[int, int]) -> tuple[int, int]:
+    """Return the corner of the bounds, if all four are stated and smaller than the slide."""
+    try:
+        x, y, width, height = (
+            int(properties[name])
+            for name in (
+                openslide.PROPERTY_NAME_BOUNDS_X,
+                openslide.PROPERTY_NAME_BOUNDS_Y,
+                openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+                openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+            )
+        )
+    except (KeyError, ValueError):
+        return 0, 0
+    return (x, y) if width != size_px[0] and height != size_px[1] else (0, 0)
 
 
 def _square_mpp(properties: Mapping[str, str]) -> float | None:

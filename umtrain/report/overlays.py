@@ -31,6 +31,7 @@ _TRUE, _PREDICTED = "#56b4e9", "#e69f00"  # Okabe & Ito: told apart by the colou
 _FILM_PX = 900
 _MARGIN_SHARE = 0.12  # of the height between the keypoints that is shown around them
 _LEAST_WIDTH_SHARE = 0.5
+_LEAST_HEIGHT_MM = 50.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def crop_box(
     row_mm, column_mm = spacing_mm
     low, high = points.min(axis=0), points.max(axis=0)
     margin_mm = _MARGIN_SHARE * max((high[1] - low[1]) * row_mm, (high[0] - low[0]) * column_mm)
-    height_mm = (high[1] - low[1]) * row_mm + 2 * margin_mm
+    height_mm = max((high[1] - low[1]) * row_mm + 2 * margin_mm, _LEAST_HEIGHT_MM)
     width_mm = (high[0] - low[0]) * column_mm + 2 * margin_mm
     width_mm = max(width_mm, _LEAST_WIDTH_SHARE * height_mm)
     x0, x1 = _span((low[0] + high[0]) / 2, width_mm / column_mm, shape[1])
