@@ -7,7 +7,7 @@ set -eu
 umtrain=${1:-umtrain}
 folder=${2:-comparison}
 mkdir -p "$folder"
-# `sh` may stop at a failed run: what has finished is kept, and a second call goes on from there.
+# What has finished is kept: a second call goes on from there.
 has() { [ -f "$folder/$1/report.html" ]; }
 
 manifest=$folder/slides/manifest.csv
@@ -16,7 +16,9 @@ manifest=$folder/slides/manifest.csv
 fit() {
     name=$1
     shift
-    has "$name" || "$umtrain" fit run_dir="$folder/$name" "$@"
+    has "$name" && return
+    rm -rf "${folder:?}/$name" # what an interrupted run left
+    "$umtrain" fit run_dir="$folder/$name" "$@"
 }
 fit whole_1024 dataset=wsi dataset.manifest="$manifest" res=1024
 fit resized_512 dataset=wsi dataset.manifest="$manifest" res=512

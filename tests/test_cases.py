@@ -23,6 +23,7 @@ from umtrain.cases import (
     choose_slides,
     file_stem,
     grad_cam_maps,
+    remove_cases,
     write_cases,
     write_slide_map,
 )
@@ -162,7 +163,7 @@ def test_slides_come_worst_last_of_all_with_the_surest_right_one_first():
     assert chosen[0].why == "Most confident correct positive"
     assert chosen[1].why == "Worst 1 of 3"
     above = choose_slides(rows, 1, 0.95)
-    assert [case.row["id"] for case in above] == ["a"]
+    assert [case.row["id"] for case in above] == ["a"]  # the worst is the first positive, too
     assert len(choose_slides(rows, 9, 0.5)) == 5
 
 
@@ -172,6 +173,26 @@ def test_films_come_in_the_order_of_their_errors():
         for name, found in (("a", 11.0), ("c", 4.0), ("b", 16.0), ("d", 10.0))
     ]
     assert [case.row["id"] for case in choose_films(rows, 3)] == ["b", "c", "a"]
+
+
+@given(st.lists(st.floats(0, 1), min_size=6, max_size=6), st.lists(st.floats(0, 1), min_size=6))
+def test_two_runs_on_the_same_slides_have_a_case_in_common(one, other):
+    def chosen(probs):
+        rows = [{"id": f"s{at}", "label": at % 2, "prob": probs[at]} for at in range(6)]
+        return {case.row["id"] for case in choose_slides(rows, 1, 0.5)}
+
+    assert chosen(one) & chosen(other)
+
+
+def test_two_runs_on_the_same_films_have_a_case_in_common():
+    def chosen(worst):
+        rows = [
+            {"id": name, "sva_true_mm": 0.0, "sva_pred_mm": 9.0 if name == worst else 1.0}
+            for name in "abc"
+        ]
+        return [case.row["id"] for case in choose_films(rows, 1)]
+
+    assert (chosen("b"), chosen("c"), chosen("a")) == (["b", "a"], ["c", "a"], ["a"])
 
 
 IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.text("ab/=%.", min_size=1)
@@ -263,13 +284,11 @@ def test_a_map_of_zeros_has_no_contours_and_a_caption_that_says_so(slides, small
     assert "It has no contours" in case["caption"]
 
 
-def test_files_of_an_earlier_evaluation_of_the_split_go_and_others_stay(slides, tmp_path):
-    task = make_task("wsi", slides)
+def test_files_of_an_earlier_evaluation_of_the_split_go_and_others_stay(tmp_path):
     (tmp_path / "cases").mkdir()
     for name in ("train-old.png", "val-old.png"):
         (tmp_path / "cases" / name).touch()
-    console = make_console()
-    write_cases(task, "train", [], tmp_path, console, nullcontext(some_map), n_cases=3)
+    remove_cases(tmp_path, "train")
     assert [path.name for path in (tmp_path / "cases").iterdir()] == ["val-old.png"]
 
 
@@ -301,6 +320,19 @@ def test_memory_that_runs_out_costs_a_case_and_not_the_run(slides, tmp_path):
     )
     assert cases == []
     assert "device memory ran out" in said(console)
+
+
+def test_memory_that_runs_out_before_the_first_case_costs_no_run_either(slides, tmp_path):
+    task, console = make_task("wsi", slides), make_console()
+
+    @contextmanager
+    def maps():
+        raise OutOfMemoryError("device memory ran out")
+        yield
+
+    cases = write_cases(task, "train", slide_rows(task), tmp_path, console, maps(), n_cases=1)
+    assert cases == []
+    assert "no cases of split train are drawn: device memory ran out" in said(console)
 
 
 def test_odd_ids_have_files_of_their_own_in_the_folder(slides, tmp_path):
@@ -356,7 +388,7 @@ def test_films_show_true_and_predicted_keypoints(radiographs, tmp_path):
     ]
     cases = write_cases(task, "train", rows, tmp_path, make_console(), never_entered(), n_cases=2)
     worst = rows[-1]
-    assert [case["id"] for case in cases] == [worst["id"], rows[-2]["id"]]
+    assert [case["id"] for case in cases] == [worst["id"], rows[-2]["id"], rows[0]["id"]]
     assert f"error {worst['sva_pred_mm']:.1f} mm" in cases[0]["caption"]
     for case in cases:
         place = tmp_path / case["picture"]

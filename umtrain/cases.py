@@ -102,11 +102,12 @@ def write_cases(
     `rows` are predictions as `task.predictions` returns them. For slides the most confident
     correct positive comes first, if there is one (`threshold` and above is positive), and `maps`,
     which is entered for slides only, gives the map of each (see `grad_cam_maps`). Pictures are
-    paths relative to `run_dir`; beside a slide's are its map (.npy) and contours (.geojson). Files
-    of an earlier evaluation of `split` are removed. A case whose file cannot be read any more, or
-    that memory runs out on, is left out, and `console` is told why.
+    paths relative to `run_dir`; beside a slide's are its map (.npy) and contours (.geojson). A case
+    whose file cannot be read any more, or that memory runs out on, is left out, and `console` is
+    told why.
     """
-    folder = _folder_without(run_dir, split)
+    folder = run_dir / FOLDER
+    folder.mkdir(exist_ok=True)
     records = {record.id: record for record in task.manifest.split(split)}
     drawing: AbstractContextManager[Draw]
     if task.config.dataset.name == "wsi":
@@ -116,46 +117,58 @@ def write_cases(
         chosen = choose_films(rows, n_cases)
         drawing = nullcontext(partial(_draw_film, records))
     cases: list[Case] = []
-    with drawing as draw, console.task(f"cases of {split}", len(chosen)) as bar:
-        for done, (why, row) in enumerate(chosen, 1):
-            place = folder / file_stem(split, row["id"])
-            try:
-                caption = f"{why}: {draw(row, place)}"
-            except (DataError, OutOfMemoryError) as error:
-                console.say(f"case {row['id']} of split {split} is left out: {error}")
-            else:
-                picture = f"{FOLDER}/{place.name}.png"
-                cases.append({"id": row["id"], "picture": picture, "caption": caption})
-            bar.update(done)
+    try:
+        with drawing as draw, console.task(f"cases of {split}", len(chosen)) as bar:
+            for done, (why, row) in enumerate(chosen, 1):
+                place = folder / file_stem(split, row["id"])
+                try:
+                    caption = f"{why}: {draw(row, place)}"
+                except (DataError, OutOfMemoryError) as error:
+                    console.say(f"case {row['id']} of split {split} is left out: {error}")
+                else:
+                    picture = f"{FOLDER}/{place.name}.png"
+                    cases.append({"id": row["id"], "picture": picture, "caption": caption})
+                bar.update(done)
+    except OutOfMemoryError as error:  # as the maps' strategy is set up
+        console.say(f"no cases of split {split} are drawn: {error}")
     return cases
 
 
-def _folder_without(run_dir: Path, split: Split) -> Path:
-    """Return the folder of cases, made if need be, without those of `split`."""
-    folder = run_dir / FOLDER
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob(f"{split}-*"):
+def remove_cases(run_dir: Path, split: Split) -> None:
+    """Remove the files of an earlier evaluation of `split`."""
+    for old in (run_dir / FOLDER).glob(f"{split}-*"):
         old.unlink()
-    return folder
 
 
 def choose_slides(rows: list[Row], n_cases: int, threshold: float) -> list[Chosen]:
     """Return the most confident correct positive, if any, then those farthest from their labels.
 
-    That is the order of their unweighted losses. Equal ones are in the order of their ids.
+    That is the order of their unweighted losses. Equal ones are in the order of their ids. Last is
+    the first positive by id, the one that all runs on the same slides have.
     """
     right = [row for row in rows if row["label"] == 1 and row["prob"] >= threshold]
     surest = sorted(right, key=lambda row: (-row["prob"], row["id"]))[:1]
     others = [row for row in rows if row not in surest]
     worst = sorted(others, key=lambda row: (-abs(row["label"] - row["prob"]), row["id"]))
     first = [Chosen("Most confident correct positive", row) for row in surest]
-    return first + _numbered(worst[:n_cases])
+    chosen = first + _numbered(worst[:n_cases])
+    positives = sorted((row for row in rows if row["label"] == 1), key=lambda row: str(row["id"]))
+    return _with_common(chosen, positives, "First positive, the same in every run")
 
 
 def choose_films(rows: list[Row], n_cases: int) -> list[Chosen]:
-    """Return those with the largest errors of SVA; equal ones in the order of their ids."""
+    """Return those with the largest errors of SVA; equal ones in the order of their ids.
+
+    Last is the first by id, the one that all runs on the same films have.
+    """
     worst = sorted(rows, key=lambda row: (-abs(row["sva_pred_mm"] - row["sva_true_mm"]), row["id"]))
-    return _numbered(worst[:n_cases])
+    ordered = sorted(rows, key=lambda row: str(row["id"]))
+    return _with_common(_numbered(worst[:n_cases]), ordered, "First, the same in every run")
+
+
+def _with_common(chosen: list[Chosen], ordered: list[Row], why: str) -> list[Chosen]:
+    missing = [row for row in ordered[:1] if all(row is not case.row for case in chosen)]
+    return [*chosen, *(Chosen(why, row) for row in missing)]
 
 
 def _numbered(rows: list[Row]) -> list[Chosen]:
@@ -196,7 +209,12 @@ def grad_cam_maps(
     strategy = create_strategy()
     try:
         with strategy.guard(), autocast(device, precision):
-            sample = task.sample_input(device, dtype)[:1]
+            sample = torch.empty(
+                (1, task.in_channels, *task.input_shape),
+                dtype=dtype,
+                device=device,
+                memory_format=torch.channels_last,
+            )
             prepared = strategy.prepare_inference(backbone, sample)
         del sample
 
@@ -255,7 +273,9 @@ def _slide_drawing(
 
 
 def write_slide_map(place: Path, slide: Slide, explained: SlideMap, title: str) -> int:
-    """Write a map over a slide to `place` + .npy, .geojson (level-0 pixels) and .png.
+    """Write a map over a slide to `place` + .npy, .geojson and .png.
+
+    Contours are in level-0 pixels from where QuPath counts, which the file names as `origin_px`.
 
     `title` heads the picture. Returns the number of contours. Raises DataError if the slide cannot
     be read.
@@ -279,6 +299,7 @@ def write_slide_map(place: Path, slide: Slide, explained: SlideMap, title: str) 
         um_per_px=None if own_mpp is None else own_mpp * shown.scale,
     )
     write_atomic(_file(place, ".npy"), lambda stream: np.save(stream, explained.values))
+    contours["origin_px"] = list(info.qupath_origin_px)
     write_text(_file(place, ".geojson"), json.dumps(contours, allow_nan=False))
     save_picture(canvas, _file(place, ".png"))
     return len(contours["features"])

@@ -3,13 +3,14 @@
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from sklearn.metrics import average_precision_score
 
 from umtrain.console import Console
-from umtrain.errors import RunError
+from umtrain.data.manifest import Kind, read_manifest
+from umtrain.errors import RunError, UmtrainError
 from umtrain.evaluation.classification import roc_auc
 from umtrain.evaluation.comparison import paired_auc_test, paired_error_test
 from umtrain.evaluation.keypoints import keypoint_evidence
@@ -18,7 +19,7 @@ from umtrain.report.comparison_page import write_comparison_page
 from umtrain.report.facts import started_at
 from umtrain.report.record import RECORD_NAME, Record, figure, read_record
 from umtrain.report.verdict import comparison_verdict
-from umtrain.run_dir import RUNS, read_predictions
+from umtrain.run_dir import RUNS, read_predictions, read_run_config
 from umtrain.sweep import SUMMARY_NAME
 
 COMPARISON_NAME = "comparison.json"
@@ -27,6 +28,7 @@ _SAME_SVA_MM = 0.05
 _POINTS, _AXES = ("c7", "s1"), ("x", "y")
 
 Row = dict[str, Any]
+Patients = list[str] | None
 
 
 class Run(NamedTuple):
@@ -153,6 +155,7 @@ def _comparison(runs: list[Run], split: str, ids: list[str]) -> Record:
     describe, test, image = _SPINE if dataset == "spine" else _SLIDES
     rows = {run.letter: [run.predictions[split][name] for name in ids] for run in runs}
     first = runs[0].letter
+    patients = _patients(runs[0], ids)
     images = [image([rows[run.letter][i] for run in runs]) for i in range(len(ids))]
     cases, cases_reason = _shared_cases(runs, split)
     return {
@@ -160,21 +163,40 @@ def _comparison(runs: list[Run], split: str, ids: list[str]) -> Record:
         "split": split,
         "n_shared": len(ids),
         "runs": [
-            {**_run_facts(run, runs, split), "shared": describe(rows[run.letter])} for run in runs
+            {**_run_facts(run, runs, split), "shared": describe(rows[run.letter], patients)}
+            for run in runs
         ],
         "tests": [
             {
                 "run": run.letter,
                 "against": first,
-                **test(rows[run.letter], rows[first]),
+                **test(rows[run.letter], rows[first], patients),
             }
             for run in runs[1:]
         ],
         "images": sorted(images, key=lambda one: -float(one["spread"])),
         "cases": cases,
         "cases_reason": cases_reason,
-        "cautions": _cautions(runs, split, len(ids)),
+        "cautions": [*_cautions(runs, split, len(ids)), *_of_patients(patients)],
     }
+
+
+def _patients(run: Run, ids: list[str]) -> list[str] | None:
+    """Return the patient of each image by the run's manifest; None if that is not there now."""
+    try:
+        dataset = read_run_config(run.run_dir, {}).dataset
+        path, root = Path(str(dataset.manifest)), dataset.root
+        manifest = read_manifest(path, cast(Kind, dataset.name), Path(root) if root else None)
+    except UmtrainError:
+        return None
+    known = {record.id: record.patient_id for record in manifest.records}
+    return [known[name] for name in ids] if all(name in known for name in ids) else None
+
+
+def _of_patients(patients: list[str] | None) -> list[str]:
+    if patients is not None:
+        return []
+    return ["The manifest is not there any more: each image counts as a patient of its own."]
 
 
 def _run_facts(run: Run, runs: list[Run], split: str) -> Record:
@@ -245,7 +267,7 @@ def _probs(rows: list[Row]) -> list[float]:
     return [float(row["prob"]) for row in rows]
 
 
-def _describe_slides(rows: list[Row]) -> Record:
+def _describe_slides(rows: list[Row], _: Patients) -> Record:
     labels, probs = _labels(rows), _probs(rows)
     if len(set(labels)) < 2:
         reason = "the shared images are all of one class"
@@ -259,7 +281,7 @@ def _describe_slides(rows: list[Row]) -> Record:
     }
 
 
-def _test_slides(rows: list[Row], first: list[Row]) -> Record:
+def _test_slides(rows: list[Row], first: list[Row], _: Patients) -> Record:
     return dict(paired_auc_test(_labels(rows), _probs(rows), _probs(first)))
 
 
@@ -269,7 +291,7 @@ def _slide(rows: list[Row]) -> Record:
     return {"id": rows[0]["id"], "label": int(rows[0]["label"]), "probs": probs, "spread": spread}
 
 
-def _describe_spine(rows: list[Row]) -> Record:
+def _describe_spine(rows: list[Row], patients: Patients) -> Record:
     true, predicted = (
         [
             [[float(row[f"{point}_{axis}_{kind}"]) for axis in _AXES] for point in _POINTS]
@@ -278,11 +300,13 @@ def _describe_spine(rows: list[Row]) -> Record:
         for kind in ("true", "pred")
     )
     spacing_mm = [[float(row["row_mm_per_px"]), float(row["mm_per_px"])] for row in rows]
-    return dict(keypoint_evidence(true, predicted, spacing_mm, [row["facing"] for row in rows]))
+    facing = [row["facing"] for row in rows]
+    found = dict(keypoint_evidence(true, predicted, spacing_mm, facing, patients))
+    return found | {"n_patients": None if patients is None else found["n_patients"]}
 
 
-def _test_spine(rows: list[Row], first: list[Row]) -> Record:
-    return dict(paired_error_test(_errors_mm(rows), _errors_mm(first)))
+def _test_spine(rows: list[Row], first: list[Row], patients: Patients) -> Record:
+    return dict(paired_error_test(_errors_mm(rows), _errors_mm(first), patients))
 
 
 def _errors_mm(rows: list[Row]) -> list[float]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from umtrain import memory, tasks, two_stage
-from umtrain.cases import Explain, grad_cam_maps, write_cases
+from umtrain.cases import Explain, grad_cam_maps, remove_cases, write_cases
 from umtrain.checkpoint import BEST, FOLDER, load_checkpoint
 from umtrain.config import RunConfig, run_identity
 from umtrain.console import Console, format_duration
@@ -376,6 +376,8 @@ def _evaluate_split(
     }
     record["reasons"].pop(split, None)
     write_predictions(run_dir, task.fields, rows, split)
+    write_record(run_dir, record)  # the figures of these predictions, whatever becomes of the cases
+    remove_cases(run_dir, split)
     if n_cases:
         maps = _maps(task, model, split, device, run_dir)
         threshold = record[split].get("threshold", 0.5)

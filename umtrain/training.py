@@ -167,7 +167,7 @@ class Trainer:
                 self.progress.steps.append(step)
                 log.write(step)
                 self._log_step(step)
-                bar.update(done, f"loss {step.loss:.4f}  {step.images / step.step_s:.2f} images/s")
+                bar.update(done, f"loss {step.loss:.4f}  {step.images / step.step_s:.2f}/s")
         # The tail of an epoch cut short by max_steps is left unread: end its workers now.
         batches.close()
 

@@ -20,7 +20,7 @@ from umtrain.config import RunConfig
 from umtrain.console import Console
 from umtrain.data.loader import make_loader
 from umtrain.data.manifest import Manifest, Slide, Split
-from umtrain.data.masks import MASK_TEXT
+from umtrain.data.masks import MASK_TEXT, check_mask
 from umtrain.data.patches import GridDataset, GridPlan, plan_slide
 from umtrain.data.wsi import plan_frame, slide_info
 from umtrain.errors import DataError
@@ -59,10 +59,16 @@ def network_task(task: Task) -> Task:
 
 
 def check_masks(manifest: AnyManifest) -> None:
-    """Raise DataError, naming the rows, unless every training slide has a mask file."""
+    """Raise DataError, naming the rows, unless every training slide has a mask that fits it.
+
+    Headers only: what the pixels hold is known when they are read.
+    """
     train = cast(Manifest[Slide], manifest).split("train")
     lacking = [slide for slide in train if slide.mask is None or not slide.mask.is_file()]
     if not lacking:
+        for slide in train:
+            if slide.mask is not None:
+                check_mask(slide.mask, slide_info(slide.path))
         return
     lines = [
         f"  row {slide.row}: {slide.id} has "
@@ -85,7 +91,9 @@ def annotation(config: RunConfig, manifest: AnyManifest) -> str:
     if config.dataset.name != "wsi":
         return f"two keypoints on each of {n_train} training radiographs"
     if config.approach == NAME:
-        return f"masks of {n_train} training slides"
+        n_val = len(manifest.split("val"))
+        judged = f", masks of {n_val} validation slides" if n_val else ""
+        return f"masks and labels of {n_train} training slides{judged}"
     return f"one label for each of {n_train} training slides"
 
 

@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -114,13 +115,11 @@ class Browser:
     def _message(self):
         give_up_s = time.monotonic() + PATIENCE_S
         while b"\0" not in self._held:
+            left_s = max(0.0, give_up_s - time.monotonic())
+            assert select.select([self._in], [], [], left_s)[0], "the browser does not answer"
             part = self._in.read()
-            if part is None:
-                assert time.monotonic() < give_up_s, "the browser does not answer"
-                time.sleep(0.005)
-            else:
-                assert part, "the browser has ended"
-                self._held += part
+            assert part, "the browser has ended"
+            self._held += part
         message, _, self._held = self._held.partition(b"\0")
         return json.loads(message)
 

@@ -4,8 +4,10 @@ import csv
 import json
 
 import pytest
+import yaml
 
 from umtrain.cli import main
+from umtrain.config import config_to_dict, load_config
 from umtrain.evaluation.comparison import paired_auc_test, paired_error_test
 from umtrain.report.record import read_record
 
@@ -69,9 +71,27 @@ def test_radiographs_are_tested_by_their_errors(runs, tmp_path):
         for seed, mm in ((2, 5.0), (1, 2.0))
     ]
     assert found["tests"][0] == {"run": "B", "against": "A"} | paired_error_test(*errors)
+    assert found["runs"][0]["shared"]["n_patients"] is None
+    assert any("manifest is not there any more" in caution for caution in found["cautions"])
     assert found["runs"][0]["shared"]["mae_mm"] == pytest.approx(
         read_record(first)["test"]["mae_mm"]
     )
+
+
+def test_films_of_one_patient_are_drawn_together(runs, tmp_path):
+    first = runs.films(tmp_path / "first", seed=1)
+    second = runs.films(tmp_path / "second", seed=2, spread_mm=5.0)
+    ids = [row["id"] for row in runs.film_predictions(34, 1, 2.0)]
+    header = "image_id,patient_id,path,c7_x,c7_y,s1_x,s1_y,split\n"
+    rows = [f"{name},P{at // 2},{name}.dcm,1,1,2,2,test\n" for at, name in enumerate(ids)]
+    (tmp_path / "films.csv").write_text(header + "".join(rows))
+    for run_dir in (first, second):
+        config = load_config(["dataset=spine", f"dataset.manifest={tmp_path / 'films.csv'}"])
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    assert report(first, second, f"out={tmp_path / 'out'}") == 0
+    found = compared(tmp_path / "out")
+    assert found["runs"][0]["shared"]["n_patients"] == 17
+    assert not any("manifest is not there" in caution for caution in found["cautions"])
 
 
 def test_images_of_one_run_alone_are_left_out_and_counted(pair, tmp_path):

@@ -76,6 +76,19 @@ def test_a_smaller_budget_is_kept_and_costs_work_or_traffic(resnet, needs):
         assert plan.n_made_again > 0 or plan.host_bytes > 0
 
 
+def test_a_map_is_made_again_alone_where_that_is_enough(resnet, needs):
+    whole = make_plan(resnet, needs, None, host_room_bytes=None)
+    plan = make_plan(resnet, needs, int(0.98 * whole.arena_bytes), host_room_bytes=None)
+    assert 0 < plan.n_made_again < 3  # a block has three maps inside
+
+
+def test_without_gradients_nothing_is_made_again(resnet):
+    forward_only = Needs(resnet, [False], training=False)
+    whole = make_plan(resnet, forward_only, None, host_room_bytes=None)
+    with pytest.raises(NoPlanError):
+        make_plan(resnet, forward_only, whole.arena_bytes // 2, host_room_bytes=None)
+
+
 def test_without_host_memory_the_least_budget_is_named_and_works(resnet, needs):
     with pytest.raises(NoPlanError, match="at least") as refused:
         make_plan(resnet, needs, 2**20, host_room_bytes=None)

@@ -5,6 +5,9 @@ A mask is an 8-bit PNG that covers its whole slide at any whole-number downsampl
 1 benign tissue, 2 cancer. A mask pixel covers downsample × downsample level-0 pixels.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,27 +88,55 @@ def read_mask(path: Path, info: SlideInfo) -> SlideMask:
     Raises DataError, naming the file, if it is missing, unreadable or no mask of this slide.
     """
     try:
-        with Image.open(path) as image:
-            if image.mode not in _MODES:
-                raise DataError(f"{path}: got pixels of mode {image.mode}; {MASK_TEXT}")
+        with _opened(path) as image:
+            downsample = _checked(image, path, info)
             classes = np.array(image, dtype=np.uint8)
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such mask; correct the manifest's mask or dataset.root"
         ) from None
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"{path}: not readable as a mask ({error}); {MASK_TEXT}") from error
     if classes.max(initial=0) > CANCER:
         found = ", ".join(map(str, np.unique(classes)[:10]))
         raise DataError(f"{path}: has the values {found}; {MASK_TEXT}")
-    return SlideMask(classes, _downsample(path, classes.shape, info))
+    return SlideMask(classes, downsample)
+
+
+def check_mask(path: Path, info: SlideInfo) -> None:
+    """Raise DataError, as `read_mask` does, for what the mask's header tells; reads no more."""
+    try:
+        with _opened(path) as image:
+            _checked(image, path, info)
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{path}: not readable as a mask ({error}); {MASK_TEXT}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a picture of any size: it is compared with its slide's before it is decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(path) as image:
+                yield image
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _checked(image: Image.Image, path: Path, info: SlideInfo) -> int:
+    """Return the downsample of a mask; raises DataError unless it is one of the slide."""
+    if image.mode not in _MODES:
+        raise DataError(f"{path}: got pixels of mode {image.mode}; {MASK_TEXT}")
+    return _downsample(path, (image.height, image.width), info)
 
 
 def _downsample(path: Path, shape: tuple[int, ...], info: SlideInfo) -> int:
     """Return the whole number that scales a mask of `shape` to the slide.
 
     The last row and column may be cut off or filled up. Where several numbers fit, as they do with
-    a small mask, a power of two is likelier.
+    a small mask, one that fits exactly is likeliest, then a power of two.
     """
     sides = ((info.width_px, shape[1]), (info.height_px, shape[0]))
     ratio = max(slide_px / mask_px for slide_px, mask_px in sides)
@@ -119,7 +150,12 @@ def _downsample(path: Path, shape: tuple[int, ...], info: SlideInfo) -> int:
             f"{path}: is {shape[1]}×{shape[0]} px and its slide {info.width_px}×{info.height_px}, "
             f"which is no whole-number downsample of it; {MASK_TEXT}"
         )
-    return min(fitting, key=lambda number: (number.bit_count() > 1, abs(number - ratio)))
+
+    def unlikelihood(number: int) -> tuple[bool, bool, float]:
+        is_exact = all(n_px == mask_px * number for n_px, mask_px in sides)
+        return not is_exact, number.bit_count() > 1, abs(number - ratio)
+
+    return min(fitting, key=unlikelihood)
 
 
 def _overlap(

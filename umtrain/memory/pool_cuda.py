@@ -8,9 +8,9 @@
 
 import ctypes
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import signature
-from mmap import MADV_HUGEPAGE, PAGESIZE, mmap
+from mmap import MADV_DONTFORK, MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 from typing import Any
 
 import cupy
@@ -18,7 +18,6 @@ import torch
 from cuda.bindings import driver, runtime
 
 from umtrain.errors import DeviceError
-from umtrain.memory import linux
 from umtrain.memory.cuda_driver import CudaDriver, Event, Location, Stream
 from umtrain.units import format_bytes
 
@@ -145,9 +144,17 @@ class _PinnedRange(mmap):
 
     @classmethod
     def create(cls, n_bytes: int) -> "_PinnedRange":
-        """Return a range of at least `n_bytes`; raises RuntimeError if CUDA refuses to lock it."""
-        pages = cls(-1, -(-max(1, n_bytes) // PAGESIZE) * PAGESIZE)
-        if linux.is_linux():
+        """Return a range of at least `n_bytes`.
+
+        Raises MemoryError if the system has none, RuntimeError if CUDA refuses to lock it.
+        """
+        size_bytes = -(-max(1, n_bytes) // PAGESIZE) * PAGESIZE
+        try:
+            pages = cls(-1, size_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{size_bytes} bytes to page-lock: {error.strerror}") from error
+        pages.madvise(MADV_DONTFORK)  # a copy on write would part the page from what is locked
+        with suppress(OSError):  # a kernel without huge pages
             pages.madvise(MADV_HUGEPAGE)
         content = torch.frombuffer(pages, dtype=torch.uint8)
         content.fill_(0)
@@ -158,6 +165,7 @@ class _PinnedRange(mmap):
 
     def __del__(self) -> None:
         if self._is_locked:
+            runtime.cudaDeviceSynchronize()  # copies under way
             runtime.cudaHostUnregister(self._address)
 
 

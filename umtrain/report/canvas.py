@@ -15,6 +15,7 @@ COLOURS = (BLUE, ORANGE, "#3b8a5a", "#7a5aa6", "#b0485e", "#4d5661")
 PANEL_INCHES = (4.6, 4.0)
 _DPI = 160
 _STYLE = {
+    "text.parse_math": False,  # a label may hold dollar signs
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -104,8 +104,10 @@ def sweep_cells(record: Record) -> list[str]:
     if status == "oom":
         return ["OOM", NOTHING, NOTHING, NOTHING, "oom"]
     peak = figure(record, "memory_use.rss_peak_bytes")
+    rate = mean_std(figure(record, "throughput.images_per_s"))
+    unit = throughput_unit(record)
     return [
-        mean_std(figure(record, "throughput.images_per_s")),
+        rate if unit == "images" or rate == NOTHING else f"{rate} {unit}",
         mean_std(figure(record, "throughput.step_s"), 3),
         NOTHING if peak is None else format_bytes(peak),
         quality(record),

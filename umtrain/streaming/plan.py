@@ -66,7 +66,11 @@ class Plan:
     resumed: dict[int, Resumption]
     arena_bytes: int
     n_maps: int = 0
-    n_made_again: int = 0
+
+    @property
+    def n_made_again(self) -> int:
+        """Return how many maps are made twice."""
+        return sum(action.kind == "again" for action in self.schedule.actions)
 
     @property
     def host_bytes(self) -> int:
@@ -102,14 +106,15 @@ def make_plan(
     None: there is no host memory. Raises OutOfMemoryError, naming the least, if there is no plan.
     """
     groups = groups_of(program)
-    order = _by_work_per_byte(program, inner_maps(program, groups))
+    inner = inner_maps(program, groups) if any(needs.backward) else {}
+    order = _by_work_per_byte(program, inner)
     plans: list[tuple[float, Plan]] = []
     least_bytes: int | None = None
     least_host_bytes: int | None = None
     for n_again in range(len(order) + 1):
         schedule = make_schedule(program, needs, groups, set(order[:n_again]))
         plan = _fit(schedule, budget_bytes, host_room_bytes is not None)
-        plan.n_maps, plan.n_made_again = len(program.maps), n_again
+        plan.n_maps = len(program.maps)
         if budget_bytes is None or plan.arena_bytes <= budget_bytes:
             if host_room_bytes is None or plan.host_bytes <= host_room_bytes():
                 plans.append((_seconds(program, plan, speeds), plan))

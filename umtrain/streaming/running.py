@@ -267,7 +267,8 @@ def _capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
 
 def _renew_random_state(device: torch.device) -> None:
     """Leave the state of a capture: one that failed does not, and random numbers are refused."""
-    generator = torch.cuda.default_generators[device.index or 0]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
     generator.graphsafe_set_state(generator.clone_state())
 
 

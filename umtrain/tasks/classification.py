@@ -141,8 +141,9 @@ def _threshold(
             return _DEFAULT_THRESHOLD, _FROM_ONE_CLASS
         return chosen, _FROM_THIS_SPLIT
     # A validation split of one class has a threshold too, but one that nothing speaks for.
-    if validation and validation.get("threshold_from") == _FROM_THIS_SPLIT:
-        return validation["threshold"], _FROM_VALIDATION
+    chosen = None if validation is None else validation.get("threshold")
+    if validation and chosen is not None and validation["n_pos"] and validation["n_neg"]:
+        return float(chosen), _FROM_VALIDATION
     return _DEFAULT_THRESHOLD, _FROM_NOTHING
 
 
