@@ -11,7 +11,9 @@ mkdir -p "$folder"
 has() { [ -f "$folder/$1/report.html" ]; }
 
 manifest=$folder/slides/manifest.csv
+films=$folder/films/manifest.csv
 [ -f "$manifest" ] || "$umtrain" data make dataset=wsi n=200 size=1536 out="$folder/slides"
+[ -f "$films" ] || "$umtrain" data make dataset=spine n=200 size=2048 out="$folder/films"
 
 fit() {
     name=$1
@@ -22,11 +24,10 @@ fit() {
 }
 fit whole_1024 dataset=wsi dataset.manifest="$manifest" res=1024
 fit resized_512 dataset=wsi dataset.manifest="$manifest" res=512
-fit two_stage dataset=wsi dataset.manifest="$manifest" approach=two_stage \
-    dataset.patches_per_slide=8 epochs=2
+fit two_stage dataset=wsi dataset.manifest="$manifest" approach=two_stage
 "$umtrain" report "$folder/whole_1024" "$folder/resized_512" "$folder/two_stage" \
     out="$folder/slides_report"
 
-"$umtrain" sweep dataset=spine res=192,256,384 run_dir="$folder/spine"
+"$umtrain" sweep dataset=spine dataset.manifest="$films" res=192,256,384 run_dir="$folder/spine"
 "$umtrain" report "$folder/spine/res-192" "$folder/spine/res-256" "$folder/spine/res-384" \
     out="$folder/spine_report"

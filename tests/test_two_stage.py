@@ -138,7 +138,12 @@ def test_the_map_that_is_drawn_lies_where_the_patches_lie(mapped, manifest):
 
 def test_what_had_to_be_annotated_is_said(manifest):
     task = make_task(manifest)
-    assert two_stage.annotation(task.config, manifest) == "masks and labels of 2 training slides"
+    text = "masks and labels of 2 training slides"
+    said = two_stage.annotation(task.config, manifest)
+    assert said == f"{text}, masks of 2 validation slides"
+    bare = [dataclasses.replace(slide, mask=None) for slide in manifest.records]
+    unmasked = dataclasses.replace(manifest, records=tuple(bare))
+    assert two_stage.annotation(task.config, unmasked) == text
     plain = load_config([f"dataset.manifest={manifest.path}"])
     assert two_stage.annotation(plain, manifest) == "one label for each of 2 training slides"
     assert two_stage.network_task(create(plain, manifest)).n_outputs == 1

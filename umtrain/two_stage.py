@@ -91,7 +91,8 @@ def annotation(config: RunConfig, manifest: AnyManifest) -> str:
     if config.dataset.name != "wsi":
         return f"two keypoints on each of {n_train} training radiographs"
     if config.approach == NAME:
-        n_val = len(manifest.split("val"))
+        slides = cast(Manifest[Slide], manifest)
+        n_val = sum(slide.mask is not None for slide in slides.split("val"))
         judged = f", masks of {n_val} validation slides" if n_val else ""
         return f"masks and labels of {n_train} training slides{judged}"
     return f"one label for each of {n_train} training slides"
