@@ -22,7 +22,7 @@ test: install
 	$(BIN)/ruff format --check umtrain tests scripts
 	$(BIN)/ruff check umtrain tests scripts
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -89,11 +89,6 @@ def test_a_downsample_that_is_no_power_of_two_is_found_too(tmp_path):
     assert read_mask(path, info(600, 1000)).downsample == 10
 
 
-def test_a_downsample_that_fits_exactly_wins_over_a_power_of_two(tmp_path):
-    path = _write(tmp_path / "m.png", np.zeros((10, 10), np.uint8))
-    assert read_mask(path, info(1300, 1300)).downsample == 130
-
-
 def test_a_mask_may_have_more_pixels_than_pillow_thinks_safe(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     path = _write(tmp_path / "m.png", np.zeros((32, 32), np.uint8))

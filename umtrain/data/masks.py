@@ -136,7 +136,7 @@ def _downsample(path: Path, shape: tuple[int, ...], info: SlideInfo) -> int:
     """Return the whole number that scales a mask of `shape` to the slide.
 
     The last row and column may be cut off or filled up. Where several numbers fit, as they do with
-    a small mask, one that fits exactly is likeliest, then a power of two.
+    a small mask, a power of two is likelier.
     """
     sides = ((info.width_px, shape[1]), (info.height_px, shape[0]))
     ratio = max(slide_px / mask_px for slide_px, mask_px in sides)
@@ -150,12 +150,7 @@ def _downsample(path: Path, shape: tuple[int, ...], info: SlideInfo) -> int:
             f"{path}: is {shape[1]}×{shape[0]} px and its slide {info.width_px}×{info.height_px}, "
             f"which is no whole-number downsample of it; {MASK_TEXT}"
         )
-
-    def unlikelihood(number: int) -> tuple[bool, bool, float]:
-        is_exact = all(n_px == mask_px * number for n_px, mask_px in sides)
-        return not is_exact, number.bit_count() > 1, abs(number - ratio)
-
-    return min(fitting, key=unlikelihood)
+    return min(fitting, key=lambda number: (number.bit_count() > 1, abs(number - ratio)))
 
 
 def _overlap(
