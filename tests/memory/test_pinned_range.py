@@ -1,4 +1,4 @@
-"""Page-locked memory of exact size; what CUDA is asked for is recorded, gpu_check asks a real GPU."""
+"""Page-locked memory of exact size; calls to CUDA are recorded here, gpu_check makes real ones."""
 
 import gc
 
