@@ -5,7 +5,7 @@ import pytest
 from hypothesis import settings
 
 # A slow machine is no failure: no example has a deadline. Examples are the same in every run, so
-# that what fails, fails everywhere; `--hypothesis-seed=N --hypothesis-profile=default` draws others.
+# that what fails, fails everywhere.
 settings.register_profile("umtrain", deadline=None, derandomize=True)
 settings.load_profile("umtrain")
 
