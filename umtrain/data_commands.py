@@ -96,7 +96,7 @@ def import_table(words: list[str], console: Console) -> int:
         Path(given.files[0]).expanduser(),
         slides_root=Path(given.values["slides"]).expanduser(),
         output=out,
-        format=given.values.get("format"),
+        table_format=given.values.get("format"),
         seed=given.integer("seed", 0, 0),
     )
     console.say(f"wrote {out} ({len(manifest.records)} rows)")

@@ -210,7 +210,7 @@ class Trainer:
             with autocast(self.device, precision):
                 outputs = self.model(inputs)
             loss: Tensor = self.task.loss(outputs, batch) * share
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
         value = loss.item()
         if not math.isfinite(value):
             raise RunError(

@@ -66,7 +66,7 @@ PANDA = (
 def test_panda_is_cancer_from_grade_1_or_its_grades(tmp_path):
     table = lay_out(tmp_path, PANDA, "a1.tiff", "b2.tiff")
     binary = run_import(table)
-    grades = run_import(table, format="panda_isup")
+    grades = run_import(table, table_format="panda_isup")
     assert {slide.slide_id: slide.label for slide in binary.records} == {
         "a1": "benign",
         "b2": "cancer",
@@ -96,7 +96,7 @@ def test_clam_names_patients_and_keeps_them_together(tmp_path):
 @pytest.mark.parametrize("header", ["", "slide,class\n"])
 def test_two_columns_are_slide_and_class(tmp_path, header):
     table = lay_out(tmp_path, header + "a.b.c,yes\nsub/d.SVS,no\n", "a.b.c.ndpi", "sub/d.SVS")
-    manifest = run_import(table, format="simple")
+    manifest = run_import(table, table_format="simple")
     assert {slide.slide_id: slide.path.name for slide in manifest.records} == {
         "a.b.c": "a.b.c.ndpi",
         "d": "d.SVS",
@@ -133,7 +133,7 @@ def test_an_unknown_table_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_an_unknown_format_lists_the_known_ones(tmp_path):
-    text = refusal(lay_out(tmp_path, "a,b\n", "a.tif"), ConfigError, format="camelion16")
+    text = refusal(lay_out(tmp_path, "a,b\n", "a.tif"), ConfigError, table_format="camelion16")
     assert "format=camelion16 is unknown; did you mean camelyon16?" in text
     assert "choose one of camelyon16, panda, panda_isup, clam, simple" in text
 
@@ -151,7 +151,7 @@ def test_an_unknown_format_lists_the_known_ones(tmp_path):
     ],
 )
 def test_a_table_that_is_not_of_its_format_says_where(tmp_path, table_format, content, expected):
-    assert expected in refusal(lay_out(tmp_path, content, "a.svs"), format=table_format)
+    assert expected in refusal(lay_out(tmp_path, content, "a.svs"), table_format=table_format)
 
 
 def test_missing_slides_are_counted_and_listed(tmp_path):

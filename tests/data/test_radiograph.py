@@ -186,7 +186,8 @@ def test_brighter_stored_values_never_become_darker(
     try:
         pixels = read_radiograph(path).pixels
     except DataError as error:
-        assert "one grey value" in str(error)  # noqa: PT017  the window misses every pixel
+        if "one grey value" not in str(error):  # else the window misses every pixel
+            raise
         return
     assert (np.diff(pixels.ravel().astype(int)) >= 0).all()
 

@@ -113,4 +113,4 @@ def test_groups_are_32_or_have_two_channels(n_channels: int) -> None:
 
 def test_unknown_statistics_list_the_options() -> None:
     with pytest.raises(ConfigError, match="'batch' are unknown; choose one of running, image"):
-        set_eval_statistics(BatchNorm2d(2), "batch")  # type: ignore[arg-type]
+        set_eval_statistics(BatchNorm2d(2), "batch")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -220,7 +221,7 @@ def test_links_beside_the_page_lead_to_files_that_are_there(browser, pages):
         assert here
         for url in here:
             reached = browser.value(f"decodeURIComponent(new URL({json.dumps(url)}).pathname)")
-            assert os.path.exists(reached), url  # noqa: PTH110
+            assert Path(reached).exists(), url
 
 
 # WCAG's contrast of each text with the ground behind it.

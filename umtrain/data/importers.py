@@ -52,20 +52,20 @@ def import_table(
     *,
     slides_root: Path | str,
     output: Path | str,
-    format: str | None = None,  # noqa: A002 (the command line's word)
+    table_format: str | None = None,
     seed: int = 0,
 ) -> Manifest[Slide]:
     """Write the manifest `output` for a label table, and return it.
 
-    `format` is one of `FORMATS`; if None, it is told by the table's first line.
+    `table_format` is one of `FORMATS`; if None, it is told by the table's first line.
     Slides are looked for below `slides_root` by name, with or without one of `SLIDE_SUFFIXES`.
     Splits are drawn by patient (see `assign_splits`). Only clam tables name patients: in the
     others every slide counts as a patient of its own.
-    Raises ConfigError if `format` is unknown; ManifestError, writing nothing, if the table is not
-    of the format, or a slide is missing, there twice or named by two rows.
+    Raises ConfigError if `table_format` is unknown; ManifestError, writing nothing, if the table is
+    not of the format, or a slide is missing, there twice or named by two rows.
     """
     table = _read_table(Path(path))
-    chosen = _detect(table) if format is None else format
+    chosen = _detect(table) if table_format is None else table_format
     if chosen not in _READERS:
         raise ConfigError(
             f"format={chosen} is unknown; {near_hint(chosen, FORMATS)} "

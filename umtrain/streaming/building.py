@@ -5,7 +5,7 @@ places and costs more than a pass to make, is a map. The rest are expressions.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -231,7 +231,7 @@ class _Builder:
     def _concatenate(self, node: fx.Node) -> Concat:
         parts = tuple(self._argument(node, i) for i in range(len(node.all_input_nodes)))
         listed = node.kwargs.get("tensors", node.args[0] if node.args else ())
-        if list(node.all_input_nodes) != list(listed):  # type: ignore[arg-type]
+        if list(node.all_input_nodes) != list(cast(Sequence[fx.Node], listed)):
             raise UnstreamableError(f"{node.name} concatenates a value with itself")
         return Concat(parts, node.meta["val"].dtype)
 
