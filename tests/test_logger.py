@@ -51,3 +51,15 @@ def test_a_missing_package_is_named_before_the_run_starts(monkeypatch):
     monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'umtrain\[tensorboard\]'"):
         logger.check_logger("tensorboard")
+
+
+def test_a_run_shows_cases_of_each_validation_while_it_trains(slides, umtrain, tmp_path):
+    small = ("res=64", "epochs=2", "dataset.workers=0", "precision=fp32", "cases=0")
+    follow = (f"dataset.manifest={slides}", "run_dir=run", "logger=tensorboard")
+    done = umtrain("fit", *small, *follow, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    events = tags(tmp_path / "run" / logger.FOLDER)
+    drawn = [tag for tag in events.Tags()["images"] if tag.startswith("cases/val-")]
+    assert drawn
+    assert {event.step for tag in drawn for event in events.Images(tag)} == {4, 8}
+    assert not (tmp_path / "run" / "cases").exists()

@@ -14,7 +14,9 @@ FOLDER = "tensorboard"
 
 
 class RunLogger:
-    """Tells nobody; the base of those that do."""
+    """Tells nobody; the base of those that do. `folder` is theirs, None if they have none."""
+
+    folder: Path | None = None
 
     def step(self, number: int, scalars: dict[str, float]) -> None:
         """Take note of the figures of a training step, by name."""
@@ -37,6 +39,7 @@ class TensorBoardLogger(RunLogger):
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.folder = folder
         self._writer: Any = SummaryWriter(str(folder))
 
     def step(self, number: int, scalars: dict[str, float]) -> None:

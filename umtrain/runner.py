@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -37,7 +37,7 @@ from umtrain.run_dir import (
     read_run_config,
     write_predictions,
 )
-from umtrain.tasks import AnyManifest, Task
+from umtrain.tasks import AnyManifest, Row, Task
 from umtrain.training import Trainer, autocast, inference, input_dtype
 
 _N_SHOWN = 20
@@ -258,7 +258,8 @@ def _train(
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
         with strategy.guard():
-            trainer = Trainer(task, model, strategy, device, run_dir, console, logger)
+            draw = _overlays(task, model, device, run_dir, console, logger)
+            trainer = Trainer(task, model, strategy, device, run_dir, console, logger, draw)
         try:
             with strategy.guard():
                 trainer.fit()
@@ -275,6 +276,30 @@ def _train(
             record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
     finally:
         strategy.close()
+
+
+def _overlays(
+    task: Task,
+    model: nn.Module,
+    device: torch.device,
+    run_dir: Path,
+    console: Console,
+    logger: RunLogger,
+) -> Callable[[list[Row], int], None]:
+    """Return what draws cases of a validation, under training, for a logger that shows pictures.
+
+    Patches have no cases.
+    """
+
+    def draw(rows: list[Row], number: int) -> None:
+        if logger.folder is None or task.config.approach == two_stage.NAME:
+            return
+        maps = _maps(task, model, "val", device, run_dir)
+        remove_cases(logger.folder, "val")
+        drawn = write_cases(task, "val", rows, logger.folder, console, maps, n_cases=1)
+        logger.pictures(number, [logger.folder / case["picture"] for case in drawn])
+
+    return draw
 
 
 def _fit_slide_model(

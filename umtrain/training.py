@@ -4,7 +4,7 @@ import contextlib
 import csv
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
@@ -115,7 +115,10 @@ def input_dtype(precision: str) -> torch.dtype:
 
 
 class Trainer:
-    """Trains one model on one task with one memory strategy."""
+    """Trains one model on one task with one memory strategy.
+
+    `on_validation` is given the rows of each validation and the number of steps before it.
+    """
 
     def __init__(
         self,
@@ -126,11 +129,12 @@ class Trainer:
         run_dir: Path,
         console: Console,
         logger: RunLogger,
+        on_validation: Callable[[list[Row], int], None] = lambda rows, number: None,
     ) -> None:
         self.task, self.strategy = task, strategy
         self.config: RunConfig = task.config
         self.device, self.run_dir, self.console = device, run_dir, console
-        self.logger = logger
+        self.logger, self.on_validation = logger, on_validation
         self.loader = task.loader("train", training=True)
         self.validation = task.loader("val", training=False)
         with autocast(device, self.config.precision):
@@ -243,6 +247,7 @@ class Trainer:
             better, shown = self._judge(epoch, metrics, loss)
             headline = {"loss": loss, self.task.headline: metrics.get(self.task.headline)}
             self.logger.validation(len(self.progress.steps), headline, rows)
+            self.on_validation(rows, len(self.progress.steps))
         if better:
             self.progress.best_epoch = epoch
             save_checkpoint(self.run_dir / FOLDER / BEST, self._weights(epoch))
