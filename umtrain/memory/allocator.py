@@ -7,6 +7,8 @@ mapped afresh, zeroed and faulted in, each time. Neither extreme is right for al
   memory is plenty; but large and small buffers share one heap, which fragments.
 - `give_back`: every buffer above 1 MiB is a mapping of its own, gone when freed. Device memory
   in use is what is alive, nothing more; the price is a page fault per page per use.
+- `recycle_strips`: the former up to 64 MiB, the latter above. Strips come and go by the thousand; an
+  image leaves a hole that small buffers would settle in, and the next image would not fit there.
 
 `scripts/bench_memory.py allocator` measures both on your machine.
 """
@@ -26,6 +28,7 @@ class FreedBuffers(Enum):
 
     GLIBC = (32 * 2**20, 64 * 2**20)
     RECYCLE = (2**30, -1)
+    RECYCLE_STRIPS = (64 * 2**20, -1)
     GIVE_BACK = (2**20, 2**20)
 
 

@@ -110,8 +110,7 @@ class Stream(Strategy):
 
     def _enforce_budget(self, model: nn.Module) -> DeviceBudget:
         budget = super()._enforce_budget(model)
-        # Strips come and go by the thousand, and are all of a few sizes: their pages are kept.
-        before = set_freed_buffers(FreedBuffers.RECYCLE)
+        before = set_freed_buffers(FreedBuffers.RECYCLE_STRIPS)
         self._cleanup.callback(set_freed_buffers, before)
         return budget
 
