@@ -20,6 +20,7 @@ from umtrain.data.loader import Batch, Loader
 from umtrain.data.manifest import Split
 from umtrain.errors import RunError
 from umtrain.logger import RunLogger
+from umtrain.memory.allocator import giving_back
 from umtrain.memory.base import Strategy
 from umtrain.report.record import Record, throughput
 from umtrain.tasks import Row, Task

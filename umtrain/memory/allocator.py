@@ -13,7 +13,8 @@ mapped afresh, zeroed and faulted in, each time. Neither extreme is right for al
 `scripts/bench_memory.py allocator` measures both on your machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from enum import Enum
 
 from umtrain.memory import linux
@@ -46,6 +47,16 @@ def set_freed_buffers(choice: FreedBuffers) -> FreedBuffers:
     if mallopt(M_MMAP_THRESHOLD, mmap_bytes) and mallopt(M_TRIM_THRESHOLD, trim_bytes):
         _current = choice
     return before
+
+
+@contextmanager
+def giving_back() -> Generator[None]:
+    """Make large buffers mappings of their own inside the block: they leave no hole when freed."""
+    before = set_freed_buffers(FreedBuffers.GIVE_BACK)
+    try:
+        yield
+    finally:
+        set_freed_buffers(before)
 
 
 def close_heap_holes() -> Callable[[], None]:
