@@ -7,8 +7,8 @@ mapped afresh, zeroed and faulted in, each time. Neither extreme is right for al
   memory is plenty; but large and small buffers share one heap, which fragments.
 - `give_back`: every buffer above 1 MiB is a mapping of its own, gone when freed. Device memory
   in use is what is alive, nothing more; the price is a page fault per page per use.
-- `recycle_strips`: the former up to 64 MiB, the latter above. Strips come and go by the thousand; an
-  image leaves a hole that small buffers would settle in, and the next image would not fit there.
+- `recycle_strips`: the former up to 64 MiB, the latter above. Strips come and go by the thousand;
+  an image leaves a hole that small buffers would settle in, and the next image would not fit.
 
 `scripts/bench_memory.py allocator` measures both on your machine.
 """
