@@ -49,7 +49,9 @@ def test_a_directory_that_is_a_file_is_named(tmp_path):
 def test_a_filesystem_without_enough_room_is_known_before_training(tmp_path):
     free = os.statvfs(tmp_path)
     too_much = 2 * free.f_bavail * free.f_frsize + 2**30
-    with pytest.raises(OutOfMemoryError, match=r"has not the room for saved tensors: .* are needed"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"has not the room for saved tensors: .* are needed"
+    ):
         SpillFile(tmp_path, reserve_bytes=too_much)
 
 
