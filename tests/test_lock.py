@@ -1,5 +1,4 @@
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -41,35 +40,39 @@ def test_a_second_process_is_refused_and_told_who_is_there(holder, tmp_path):
         pass
     holder.communicate("")
     with run_lock(tmp_path):
-        assert os.listdir(tmp_path) == [".lock"]
-    assert os.listdir(tmp_path) == []
+        assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_lock_of_a_killed_process_blocks_nobody(holder, tmp_path):
     holder.kill()
     holder.communicate()
-    assert os.listdir(tmp_path) == [".lock"]
+    assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
     with run_lock(tmp_path):
         pass
 
 
 def test_the_same_process_is_refused_too(tmp_path):
-    with run_lock(tmp_path), pytest.raises(RunError, match=f"process {os.getpid()} on"):
-        with run_lock(tmp_path):
-            pass
-    assert os.listdir(tmp_path) == []
+    with (
+        run_lock(tmp_path),
+        pytest.raises(RunError, match=f"process {os.getpid()} on"),
+        run_lock(tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs mounts of its own")
-def test_a_read_only_run_directory_is_named(tmp_path):
-    script = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,bind,ro {tmp_path}"
-    code = f"from pathlib import Path; from umtrain.lock import run_lock\nwith run_lock(Path({str(tmp_path)!r})): pass"
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if subprocess.run([*command, script], capture_output=True).returncode:
-        pytest.skip("this machine gives no mounts of one's own")
-    done = subprocess.run(
-        [*command, f'{script} && exec "$0" -c "$1"', sys.executable, code],
-        capture_output=True,
-        text=True,
-    )
+LOCK = """
+import sys
+from pathlib import Path
+from umtrain.lock import run_lock
+
+with run_lock(Path(sys.argv[1])):
+    pass
+"""
+
+
+def test_a_read_only_run_directory_is_named(tmp_path, in_own_mounts):
+    mount = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,bind,ro {tmp_path}"
+    done = in_own_mounts(mount, sys.executable, "-c", LOCK, tmp_path)
     assert f"RunError: {tmp_path}: cannot be written (Read-only file system)" in done.stderr

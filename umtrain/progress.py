@@ -17,7 +17,7 @@ from umtrain.report.record import Record, throughput
 WARMUP_STEPS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One optimizer update, a line of steps.csv."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,10 @@ class Trainer:
 
     def _advance_schedule(self) -> None:
         if isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
-            self.schedule.step()
+            with warnings.catch_warnings():
+                # The first step may be one without an update.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.schedule.step()
 
     def _now(self) -> float:
         if self.device.type == "cuda":
