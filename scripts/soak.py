@@ -10,9 +10,9 @@ over, the next one begins. `sweep` is a sweep over memory strategies, run again 
 killed now and then too. At the end, what is left of processes, in /dev/shm, in the spill folder and
 in the temporary folder is counted.
 
-The slope of `steady`'s memory, in MiB/h with its 95% interval, is that of a line through all samples
-after the first tenth. Training keeps 200 bytes or so of every step for its curves: with n steps an
-hour that is a slope of n/5000 MiB/h that is meant.
+The slope of `steady`'s memory, in MiB/h with its 95% interval, is that of a line through all
+samples after the first tenth. Training keeps 200 bytes or so of every step for its curves: with n
+steps an hour that is a slope of n/5000 MiB/h that is meant.
 Prints one line of JSON; the exit code is 1 if anything was left behind or a command failed.
 """
 

@@ -18,7 +18,7 @@ def interrupted(work, grace_s=60.0):
     done = []
     with StopRequest(grace_s) as stop, pytest.raises(Interrupted) as raised:
         work(stop, done)
-    assert str(raised.value) == stop.name
+    assert str(raised.value) == f"interrupted by {stop.name}"
     return done, stop.name
 
 

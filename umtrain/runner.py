@@ -139,9 +139,9 @@ def _how_to_go_on(run_dir: Path) -> Iterator[None]:
     except KeyboardInterrupt as error:
         steps = step_paths(run_dir / FOLDER)
         saved = f"saved after step {step_of(steps[0])}" if steps else "nothing to save yet"
-        by = f" by {error}" if str(error) else ""
+        command = f"umtrain fit resume={shlex.quote(str(run_dir))}"
         raise Interrupted(
-            f"interrupted{by}, {saved}; go on with: umtrain fit resume={shlex.quote(str(run_dir))}"
+            f"{str(error) or 'interrupted'}, {saved}; go on with: {command}"
         ) from error
 
 
@@ -275,7 +275,7 @@ def _outcome(record: Record, run_dir: Path, clock: RunClock) -> Iterator[None]:
         record["status"], reason = "oom", str(error)
         raise
     except KeyboardInterrupt as error:
-        record["status"], reason = "interrupted", f"interrupted by {error or 'the user'}"
+        record["status"], reason = "interrupted", str(error) or "interrupted by the user"
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"

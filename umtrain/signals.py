@@ -58,23 +58,26 @@ class StopRequest:
             # Signals go to a whole group of processes: what fails now may have lost a helper.
             if self.name is None:
                 raise
-            raise Interrupted(self.name) from error
+            raise self._interruption() from error
         finally:
             self._is_busy = False
             self._disarm()
         if self.name is not None:
-            raise Interrupted(self.name)
+            raise self._interruption()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         is_first = self.name is None
         self.name = self.name or signal.Signals(number).name
         if not (is_first and self._is_busy):
-            raise Interrupted(self.name)
+            raise self._interruption()
         wait_s = self._grace_s
         if number == signal.SIGINT:
             wait_s = min(wait_s, _LONGEST_WAIT_OF_A_PERSON_S)
         # Zero would mean never.
         signal.setitimer(signal.ITIMER_REAL, max(wait_s, 1e-3))
+
+    def _interruption(self) -> Interrupted:
+        return Interrupted(f"interrupted by {self.name}")
 
     def _disarm(self) -> None:
         if self.name is not None:

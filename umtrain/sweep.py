@@ -201,8 +201,8 @@ def _run_job(job: Job, display: "_Display") -> Record:
             display.job_says(line)
         code = process.wait()
     except KeyboardInterrupt as error:
-        _end(process, job.config.signal_grace_s, has_heard=str(error) == "SIGINT")
-        raise Interrupted(f"interrupted by {error}; run the same command again to go on") from error
+        _end(process, job.config.signal_grace_s, has_heard="SIGINT" in str(error))
+        raise Interrupted(f"{error}; run the same command again to go on") from error
     if code < 0 or (code and _stamp(job.run_dir / RECORD_NAME) == stamp_before):
         return _lost_record(job, code, last_line)
     try:
