@@ -182,6 +182,28 @@ def test_a_gpu_that_failed_is_no_defect_of_ours(error):
         raise RuntimeError("shapes differ")
 
 
+class GoneAtStep2(ClassificationTask):
+    """A task whose second batch meets a GPU that has gone."""
+
+    n_batches = 0
+
+    def inputs(self, batch, device, dtype):
+        self.n_batches += 1
+        if self.n_batches == 2:
+            raise torch.AcceleratorError("CUDA error: device is lost")
+        return super().inputs(batch, device, dtype)
+
+
+def test_a_gpu_that_goes_in_mid_step_leaves_a_run_to_go_on_with(slides, tmp_path):
+    task = make_task(slides, "checkpoint_minutes=0", "epochs=1", kind=GoneAtStep2)
+    with pytest.raises(DeviceError, match="device is lost"), naming_device_failures():
+        make_trainer(task, tmp_path).fit()
+    again = make_trainer(task, tmp_path)
+    again.restore(step_path(tmp_path / "checkpoints", 1))
+    again.fit()
+    assert len(again.progress.steps) == again.total_steps
+
+
 def config(*overrides):
     return load_config(list(overrides))
 
