@@ -30,7 +30,10 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
     "logger": ("none", "tensorboard"),
+    "on_nan": ("stop", "skip"),
 }
+# What resume= takes beside a path.
+RESUME_WORDS = ("auto", "never")
 GROUPS = ("dataset", "model", "memory", "optim")
 # What a folder of conf/ sets other keys for: the groups, and a root key that is chosen like one.
 _CHOSEN = (*GROUPS, "approach")
@@ -122,6 +125,10 @@ class RunConfig:
     seed: int = _key("seed of weights, order and augmentation", 0)
     cases: int = _key("worst test images that are drawn, slides with Grad-CAM", 3)
     run_dir: str | None = _key("folder of the run; null: a new one in runs/", None)
+    resume: str = _key("auto: go on with what is in run_dir; never; or a run or checkpoint", "auto")
+    checkpoint_minutes: float = _key("a long epoch is saved this often", 10.0)
+    signal_grace_s: float = _key("seconds that a step may take to end after SIGTERM", 30.0)
+    on_nan: str = _key("a loss that is no number: stop, or skip its update", "stop")
     trace: bool = _key("write trace.json and timeline.png of one step", False)
     logger: str = _key("dashboard that follows the run", "none")
 
@@ -175,6 +182,16 @@ def load_config(overrides: list[str]) -> RunConfig:
     config = config_from_dict(typing.cast(dict[str, Any], values))
     _check_files(config)
     return config
+
+
+def override_values(overrides: list[str]) -> dict[str, Any]:
+    """Return the keys and groups that `key=value` overrides name, with the values they give.
+
+    Raises ConfigError for unknown keys, options of groups, and several values.
+    """
+    _check_overrides(overrides)
+    parsed = map(_parse_override, overrides)
+    return {override.key_or_group: override.value() for override in parsed}
 
 
 def sweep_axes(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -371,6 +388,9 @@ def _check_numbers(config: RunConfig) -> None:
         value = _value(config, key)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{key}={value}: must be more than 0, and finite")
+    for key in ("checkpoint_minutes", "signal_grace_s"):
+        if not 0 <= _value(config, key) < math.inf:
+            raise ConfigError(f"{key}={_value(config, key)}: must be at least 0, and finite")
     if not 0 <= config.optim.warmup_fraction < 1:
         raise ConfigError("optim.warmup_fraction: must be at least 0 and below 1")
     for key in ("memory.device_budget", "memory.host_budget", "memory.group_bytes"):

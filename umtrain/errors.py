@@ -44,3 +44,7 @@ class OutOfMemoryError(UmtrainError):
     """Device or host memory ran out; the message names what would fit."""
 
     exit_code = 3
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to end; the text says which, and how to go on."""

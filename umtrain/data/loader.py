@@ -43,6 +43,7 @@ class EpochSampler(Sampler[SampleKey]):
 
     def __init__(self, n: int, seed: int | None) -> None:
         self.epoch = 0
+        self.n_passed_over = 0
         self._n = n
         self._seed = seed
 
@@ -53,7 +54,7 @@ class EpochSampler(Sampler[SampleKey]):
         order: Sequence[int] = range(self._n)
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self.epoch]).permutation(self._n).tolist()
-        return iter([SampleKey(self.epoch, position) for position in order])
+        return iter([SampleKey(self.epoch, position) for position in order[self.n_passed_over :]])
 
 
 class Loader:
@@ -86,9 +87,13 @@ class Loader:
                 "memory; set dataset.workers=0 or a smaller number"
             ) from error
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of `epoch`: its order and its augmentations."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Make the next iteration that of `epoch`: its order and its augmentations.
+
+        It begins with batch `first_batch`; those before it are not read.
+        """
         self._sampler.epoch = epoch
+        self._sampler.n_passed_over = first_batch * (self._batches.batch_size or 1)
 
 
 def make_loader(
