@@ -109,7 +109,8 @@ class Trainer:
         self.loader = task.loader("train", training=True)
         self.validation = task.loader("val", training=False)
         with autocast(device, self.config.precision):
-            sample = task.sample_input(device, input_dtype(self.config.precision))
+            with giving_back():  # the hole that it leaves has to fit the images
+                sample = task.sample_input(device, input_dtype(self.config.precision))
             self.model = strategy.prepare(model, sample)
         self.n_train = len(task.manifest.split("train"))
         self.steps_per_epoch = math.ceil(len(self.loader) / self.config.optim.accumulate)
