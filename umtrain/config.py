@@ -57,6 +57,8 @@ class DatasetConfig:
     positive: str | None = _key("label that counts as positive; null: the last in order", None)
     augment: bool = _key("random flips, turns, stain or intensity jitter in training", True)
     workers: int = _key("processes that read ahead while a step trains", 1)
+    read_timeout_s: float = _key("seconds that reading one image may take", 600.0)
+    max_bad_fraction: float = _key("share of a split that may be left out as unreadable", 0.05)
     patches_per_slide: int | None = _key(
         "patches drawn from a slide each epoch, for approach=two_stage", None
     )
@@ -367,10 +369,13 @@ def _check_numbers(config: RunConfig) -> None:
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must be at least 0 and below 2**63")
     positive = ["optim.lr", "dataset.aspect", "dataset.mpp", "optim.clip_norm"]
+    positive.append("dataset.read_timeout_s")
     for key in positive:
         value = _value(config, key)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{key}={value}: must be more than 0, and finite")
+    if not 0 <= config.dataset.max_bad_fraction <= 1:
+        raise ConfigError("dataset.max_bad_fraction: must be at least 0 and at most 1")
     if not 0 <= config.optim.warmup_fraction < 1:
         raise ConfigError("optim.warmup_fraction: must be at least 0 and below 1")
     for key in ("memory.device_budget", "memory.host_budget", "memory.group_bytes"):

@@ -29,7 +29,7 @@ WARMUP_STEPS = 3
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer update, a line of steps.csv."""
+    """One optimizer update, a line of steps.csv; none, its loss not a number, without an image."""
 
     step: int
     epoch: int
@@ -52,7 +52,7 @@ class Progress:
 
     def train_figures(self) -> Record:
         """Return the record's train section."""
-        losses = [step.loss for step in self.steps]
+        losses = [step.loss for step in self.steps if step.images]
         return {
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
@@ -64,7 +64,7 @@ class Progress:
 
     def throughput(self) -> Record:
         """Return the record's throughput section, warm-up steps left out."""
-        timed = self.steps[WARMUP_STEPS:]
+        timed = [step for step in self.steps[WARMUP_STEPS:] if step.images]
         figures = throughput([step.step_s for step in timed], [step.images for step in timed])
         return {
             **figures,
@@ -94,6 +94,8 @@ def inference(
     model.eval()
     with torch.inference_mode(), console.task(f"evaluating {split}", len(loader)) as bar:
         for done, batch in enumerate(loader, 1):
+            if not batch["id"]:  # Note: [A batch without an image] in umtrain/data/loader.py
+                continue
             strategy.on_progress = _Inside(bar, done, "batch").update
             with autocast(device, precision):
                 outputs = model(task.inputs(batch, device, input_dtype(precision)))
@@ -176,6 +178,8 @@ class Trainer:
         batches.close()
 
     def _log_step(self, step: Step) -> None:
+        if not step.images:
+            return
         images_per_s = step.images / step.step_s
         figures = {"loss": step.loss, "lr": step.lr, "images_per_s": images_per_s}
         self.logger.step(step.step, figures)
@@ -188,13 +192,20 @@ class Trainer:
         for _ in range(n_batches):
             batch, waited_s = next(batches)
             wait_s += waited_s
+            if not batch["id"]:
+                continue
             start_s = self._now()
             share = len(batch["id"]) / n_images_planned
             total_loss += self._forward_backward(batch, share)
             n_images += len(batch["id"])
             busy_s += self._now() - start_s
         start_s = self._now()
-        self._update()
+        if n_images:
+            total_loss *= self._spread(n_images_planned / n_images)
+            self._update()
+        else:
+            total_loss = math.nan
+        self._advance_schedule()
         busy_s += self._now() - start_s
         return Step(number, epoch, total_loss, lr, n_images, busy_s, wait_s)
 
@@ -229,6 +240,16 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _spread(self, factor: float) -> float:
+        """Let the gradients be the mean over the images there are, not those planned."""
+        if factor != 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        return factor
+
+    def _advance_schedule(self) -> None:
         if isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
             self.schedule.step()
 
@@ -243,11 +264,8 @@ class Trainer:
             rows, loss = inference(
                 self.task, self.model, self.strategy, "val", self.validation, self.console
             )
-            metrics = self.task.metrics(rows)
-            better, shown = self._judge(epoch, metrics, loss)
-            headline = {"loss": loss, self.task.headline: metrics.get(self.task.headline)}
-            self.logger.validation(len(self.progress.steps), headline, rows)
-            self.on_validation(rows, len(self.progress.steps))
+            if rows:
+                better, shown = self._judged(epoch, rows, loss)
         if better:
             self.progress.best_epoch = epoch
             save_checkpoint(self.run_dir / FOLDER / BEST, self._weights(epoch))
@@ -255,6 +273,15 @@ class Trainer:
         self.console.say(
             f"epoch {epoch}/{self.config.epochs}: train loss {self._epoch_loss(epoch):.4f}, {shown}"
         )
+
+    def _judged(self, epoch: int, rows: list[Row], loss: float) -> tuple[bool, str]:
+        """Judge, log and show a validation; return whether it is the best, and words for it."""
+        metrics = self.task.metrics(rows)
+        judgement = self._judge(epoch, metrics, loss)
+        headline = {"loss": loss, self.task.headline: metrics.get(self.task.headline)}
+        self.logger.validation(len(self.progress.steps), headline, rows)
+        self.on_validation(rows, len(self.progress.steps))
+        return judgement
 
     def _judge(self, epoch: int, metrics: dict[str, Any], loss: float) -> tuple[bool, str]:
         """Note a validation; return whether it is the best so far, and words for it."""
@@ -271,8 +298,8 @@ class Trainer:
         return better, f"val loss {loss:.4f}, val {name} {value}{'  (best)' if better else ''}"
 
     def _epoch_loss(self, epoch: int) -> float:
-        losses = [step.loss for step in self.progress.steps if step.epoch == epoch]
-        return sum(losses) / len(losses)
+        losses = [s.loss for s in self.progress.steps if s.epoch == epoch and s.images]
+        return sum(losses) / len(losses) if losses else math.nan
 
     def _weights(self, epoch: int) -> dict[str, Any]:
         """Return what evaluation needs."""
