@@ -38,6 +38,10 @@ _MODEL_TASKS = {"resnet50": "wsi", "resnet101": "wsi", "resunet35": "spine"}
 RES_MULTIPLE_PX = 64
 # Below it the deepest map is a single pixel, which has no spread to normalise by.
 _LEAST_SPINE_RES = 128
+_N_SHOWN_CHARACTERS = 200
+# Far beyond what any machine holds, far below where the arithmetic of sizes overflows.
+_MOST_PIXELS = 2**45
+_MOST = 2**31 - 1
 
 
 def _key(help_text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -244,6 +248,11 @@ def check_config(config: RunConfig) -> None:
 def _check_overrides(overrides: list[str]) -> None:
     known = list(schema_keys())
     for text in overrides:
+        if "${" in text:
+            raise ConfigError(
+                f"{_cut(text)}: a value is taken as it is, and ${{…}} would be looked up, in the "
+                "environment for example; write what it stands for"
+            )
         override = _parse_override(text)
         key = override.key_or_group
         if key not in known and key not in GROUPS:
@@ -258,6 +267,12 @@ def _check_overrides(overrides: list[str]) -> None:
             raise ConfigError(_unknown(f"{key}", str(override.value()), group_options(key)))
 
 
+def _cut(value: object) -> str:
+    """Return a value as a message shows it: the first of a long one, no items of a nested one."""
+    text = str(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    return text if len(text) <= _N_SHOWN_CHARACTERS else f"{text[:_N_SHOWN_CHARACTERS]}…"
+
+
 def _parse_override(text: str) -> Any:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -267,12 +282,12 @@ def _parse_override(text: str) -> Any:
     _, equals, value = text.partition("=")
     try:
         return OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:
         if equals and value:
-            hint = f"quote a value with special characters: {_in_shell(text)}"
+            hint = f"quote a value with special characters: {_cut(_in_shell(text))}"
         else:
             hint = "write key=value, for example res=1024"
-        raise ConfigError(f"{text!r} is not an override; {hint}") from error
+        raise ConfigError(f"{_cut(text)!r} is not an override; {hint}") from error
 
 
 def _in_shell(text: str) -> str:
@@ -287,10 +302,12 @@ def _unknown(what: str, got: str, options: list[str]) -> str:
         near = difflib.get_close_matches(got, options, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     kind = "unknown key" if what == "key" else f"unknown {what}"
-    return f"{kind} {got!r}.{hint}\nPossible: {', '.join(options)}"
+    return f"{kind} {_cut(got)!r}.{hint}\nPossible: {', '.join(options)}"
 
 
 def _build(schema: type[Any], values: dict[str, Any], prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the configuration'}: expected keys and values")
     hints = typing.get_type_hints(schema)
     names = [item.name for item in dataclasses.fields(schema)]
     unknown = [name for name in values if name not in names]
@@ -316,7 +333,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise ConfigError(f"{key}={value}: expected a list of names, e.g. {key}=[a,b]")
+        raise ConfigError(f"{key}={_cut(value)}: expected a list of names, e.g. {key}=[a,b]")
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -328,7 +345,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if type(value) is target:
         return value
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{key}={value}: expected {expected[target]}")
+    raise ConfigError(f"{key}={_cut(value)}: expected {expected[target]}")
 
 
 def _check_choices(config: RunConfig) -> None:
@@ -365,7 +382,14 @@ def _check_numbers(config: RunConfig) -> None:
             at_least[key] = 1
     for key, least in at_least.items():
         if _value(config, key) < least:
-            raise ConfigError(f"{key}={_value(config, key)}: must be at least {least}")
+            raise ConfigError(f"{key}={_cut(_value(config, key))}: must be at least {least}")
+        if _value(config, key) > _MOST:
+            raise ConfigError(f"{key}={_cut(_value(config, key))}: must be at most {_MOST}")
+    if config.batch_size * config.res**2 > _MOST_PIXELS:
+        raise ConfigError(
+            f"res={config.res} batch_size={config.batch_size}: a batch of more than {_MOST_PIXELS} "
+            "pixels is beyond every memory; choose smaller ones"
+        )
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must be at least 0 and below 2**63")
     positive = ["optim.lr", "dataset.aspect", "dataset.mpp", "optim.clip_norm"]

@@ -200,12 +200,8 @@ class Trainer:
             n_images += len(batch["id"])
             busy_s += self._now() - start_s
         start_s = self._now()
-        if n_images:
-            total_loss *= self._spread(n_images_planned / n_images)
-            self._update()
-        else:
-            total_loss = math.nan
-        self._advance_schedule()
+        total_loss *= self._spread(n_images_planned / n_images) if n_images else math.nan
+        self._update()  # without gradients no weight moves, and the schedule does
         busy_s += self._now() - start_s
         return Step(number, epoch, total_loss, lr, n_images, busy_s, wait_s)
 
@@ -240,6 +236,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
+            self.schedule.step()
 
     def _spread(self, factor: float) -> float:
         """Let the gradients be the mean over the images there are, not those planned."""
@@ -248,10 +246,6 @@ class Trainer:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
         return factor
-
-    def _advance_schedule(self) -> None:
-        if isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
-            self.schedule.step()
 
     def _now(self) -> float:
         if self.device.type == "cuda":

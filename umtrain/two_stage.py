@@ -21,7 +21,6 @@ from umtrain.console import Console
 from umtrain.data.isolated import (
     READ_LIMITS,
     ChildFailedError,
-    Limits,
     call_isolated,
     map_isolated,
 )
@@ -199,11 +198,10 @@ def _plans(
     """Return the slides of `split` that can be read, and the plan of each."""
     chosen = task.config.dataset
     plan = partial(plan_slide, res=task.config.res, mpp=chosen.mpp)
-    limits = Limits(chosen.read_timeout_s, READ_LIMITS.memory_bytes)
     readable: list[Slide] = []
     plans: list[GridPlan] = []
     asked = [slide for slide in slides if slide not in task.skipped]
-    answers = map_isolated(plan, asked, workers=max(_N_READERS, chosen.workers), limits=limits)
+    answers = map_isolated(plan, asked, workers=max(_N_READERS, chosen.workers), limits=task.limits)
     with console.task(f"finding tissue of {split}", len(asked)) as bar:
         for done, (slide, answer) in enumerate(zip(asked, answers, strict=True), 1):
             if isinstance(answer, DataError):
@@ -231,7 +229,7 @@ def _fill(
         config.batch_size,
         shuffle=False,
         workers=config.dataset.workers,
-        read_timeout_s=config.dataset.read_timeout_s,
+        limits=task.limits,
         skipped=task.skipped,
     )
     was_training = model.training

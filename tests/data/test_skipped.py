@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from umtrain.data.augment import SlideAugment
 from umtrain.data.dataset import RadiographDataset, SlideDataset
+from umtrain.data.isolated import Limits
 from umtrain.data.loader import make_loader
 from umtrain.data.manifest import Slide, read_manifest
 from umtrain.data.skipped import Skipped
@@ -116,7 +117,7 @@ def test_an_image_that_never_ends_is_given_up(radiographs, tmp_path):
         2,
         shuffle=False,
         workers=1,
-        read_timeout_s=8,
+        limits=Limits(8, 2**30),
         skipped=skipped,
     )
     assert [batch["id"] for batch in loader] == [

@@ -126,7 +126,7 @@ def make_loader(
     seed: int = 0,
     workers: int = 0,
     drop_last: bool = False,
-    read_timeout_s: float = READ_LIMITS.timeout_s,
+    limits: Limits = READ_LIMITS,
     skipped: Skipped | None = None,
 ) -> Loader:
     """Return batches of `dataset`: its samples' values stacked, images in channels-last memory.
@@ -134,16 +134,17 @@ def make_loader(
     image is uint8 (batch, 3, res, res) or uint16 (batch, 1, height, width); numbers become
     tensors and ids lists. With `workers`, as many reader processes prepare the next batches
     while the present one trains; batches are the same for any number of them. An image that
-    cannot be read, that its reader dies of, or takes over `read_timeout_s`, is left out and
-    noted in `skipped`; without workers a decoder that crashes or hangs takes this process along.
+    cannot be read, that its reader dies of, or that goes over `limits` (besides which a reader may
+    hold four samples), is left out and noted in `skipped`. Without workers there are no limits,
+    and a decoder that crashes or hangs takes this process along.
     """
     readers: _Readers = _Here(dataset)
     if workers:
         batch_bytes = batch_size * dataset.sample_bytes
         n_ahead = 1 if batch_bytes > _LARGE_BATCH_BYTES else 2
-        memory_bytes = READ_LIMITS.memory_bytes + _SAMPLE_COPIES * dataset.sample_bytes
-        limits = Limits(read_timeout_s, memory_bytes)
-        readers = _Processes(dataset, workers, workers * n_ahead * batch_size, limits)
+        memory_bytes = limits.memory_bytes + _SAMPLE_COPIES * dataset.sample_bytes
+        of_sample = Limits(limits.timeout_s, memory_bytes)
+        readers = _Processes(dataset, workers, workers * n_ahead * batch_size, of_sample)
     sampler = EpochSampler(len(dataset), seed if shuffle else None)
     ledger = Skipped(dataset.records) if skipped is None else skipped
     return Loader(dataset, sampler, batch_size, drop_last, readers, ledger)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from umtrain import models
 from umtrain.config import RunConfig
 from umtrain.data.dataset import RadiographDataset, SlideDataset
+from umtrain.data.isolated import READ_LIMITS, Limits
 from umtrain.data.loader import Batch, Loader, make_loader
 from umtrain.data.manifest import Manifest, Radiograph, Slide, Split
 from umtrain.data.skipped import Skipped
@@ -56,9 +57,14 @@ class Task(ABC):
             shuffle=training,
             seed=self.config.seed,
             workers=self.config.dataset.workers,
-            read_timeout_s=self.config.dataset.read_timeout_s,
+            limits=self.limits,
             skipped=self.skipped,
         )
+
+    @property
+    def limits(self) -> Limits:
+        """What reading one image may cost."""
+        return Limits(self.config.dataset.read_timeout_s, READ_LIMITS.memory_bytes)
 
     @abstractmethod
     def inputs(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
