@@ -3,6 +3,7 @@
 Each is parsed as the commands parse it, in this process: what ends it ends the count.
 """
 
+import contextlib
 import pickle
 import tempfile
 import time
@@ -10,16 +11,22 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import mutations
+import numpy as np
 import psutil
 import torch
+from torch import nn
 
-from umtrain.checkpoint import load_checkpoint
+from umtrain.checkpoint import load_checkpoint, save_checkpoint
 from umtrain.config import load_config
 from umtrain.data.manifest import read_manifest
 from umtrain.errors import ConfigError, ManifestError, RunError, UmtrainError
+from umtrain.models.pretrained import load_pretrained
 from umtrain.run_dir import read_run_config
 from umtrain.units import format_bytes
 
+# Of damage at random: that it is noticed is not certain, that it does no harm is.
+_EITHER = ""
 _HEADER = "slide_id,patient_id,path,label,split"
 _ROW = "s1,p1,a.svs,1,train"
 _TABLE = f"{_HEADER}\n{_ROW}\n"
@@ -149,6 +156,11 @@ def configs() -> tuple[Counter[str], list[str]]:
             "refused",
             lambda folder, text=text: _read_run_config(folder, text),
         )
+    for number, mutate in enumerate(mutations.ANY * 5):
+        tried[f"checkpoint: {mutate.__name__} {number}"] = (
+            _EITHER,
+            lambda folder, mutate=mutate, number=number: _load_damaged(folder, mutate, number),
+        )
     tried["checkpoint: a pickle that acts"] = ("refused", lambda folder: _load(folder, _pickled))
     tried["checkpoint: one in torch's format"] = ("refused", lambda folder: _load(folder, _saved))
     return _tried("config", tried)
@@ -165,7 +177,7 @@ def _tried(
             if (Path(folder) / "PWNED").exists() or Path("PWNED").exists():
                 found = "unexplained"
         counts[found] += 1
-        if found != expected or len(text) > 5000:
+        if found not in (expected, expected or "read", expected or "refused") or len(text) > 5000:
             wrong.append(f"{kind}, {name}: {found}: {text[:300]}")
     return counts, wrong
 
@@ -195,6 +207,17 @@ def _read_run_config(folder: Path, text: str) -> None:
 def _load(folder: Path, write: Callable[[Path, object], None]) -> None:
     write(folder / "best.pt", {"model": _Touches(folder / "PWNED")})
     load_checkpoint(folder / "best.pt")
+
+
+def _load_damaged(folder: Path, mutate: mutations.Mutation, seed: int) -> None:
+    """Load a checkpoint, and pretrained weights, whose file was damaged."""
+    model = nn.Linear(64, 64)
+    path = folder / "best.pt"
+    save_checkpoint(path, {"model": model.state_dict(), "epoch": 1})
+    path.write_bytes(mutate(path.read_bytes(), np.random.default_rng(seed)))
+    with contextlib.suppress(ConfigError):
+        load_pretrained(model, path, head="none")
+    load_checkpoint(path)
 
 
 def _pickled(path: Path, value: object) -> None:

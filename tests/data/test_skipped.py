@@ -117,7 +117,7 @@ def test_an_image_that_never_ends_is_given_up(radiographs, tmp_path):
         2,
         shuffle=False,
         workers=1,
-        limits=Limits(8, 2**30),
+        limits=Limits(5, 2**30),
         skipped=skipped,
     )
     assert [batch["id"] for batch in loader] == [
@@ -125,7 +125,7 @@ def test_an_image_that_never_ends_is_given_up(radiographs, tmp_path):
         [films[2].id, films[3].id],
         [films[4].id, films[5].id],
     ]
-    assert skipped.entries[0]["reason"].endswith("the reader failed: no answer within 8 s")
+    assert skipped.entries[0]["reason"].endswith("the reader failed: no answer within 5 s")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

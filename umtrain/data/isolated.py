@@ -7,6 +7,7 @@ threads, CUDA) and its mappings, and Python 3.12 and later warn of it. The serve
 a child starts at once, and another one as soon after it has died.
 """
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -23,7 +24,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import psutil
 
@@ -37,6 +38,8 @@ Result = TypeVar("Result")
 _Calls = queue.SimpleQueue[tuple[Argument, Future[Result]] | None]
 
 _GRACE_S = 1.0
+# What a child has to import may lie on a slow share; it is no part of a call's time.
+_START_S = 600.0
 
 
 class ChildFailedError(DataError):
@@ -74,13 +77,10 @@ class _Child(Generic[Argument, Result]):
 
     def call(self, argument: Argument) -> Result:
         """Return function(argument); its DataError, or ChildFailedError if its process failed."""
-        connection = self._connection or self._start()
         try:
+            connection = self._connection or self._start()
             send(connection, argument)
-            if not connection.poll(self._limits.timeout_s):
-                self.close()
-                raise ChildFailedError(f"no answer within {self._limits.timeout_s:g} s")
-            succeeded, answer = receive(connection)
+            succeeded, answer = self._receive(connection, self._limits.timeout_s)
         except (EOFError, OSError) as error:
             text = f"the process crashed ({self.close()})"
             raise ChildFailedError(text, crashed=True) from error
@@ -88,6 +88,13 @@ class _Child(Generic[Argument, Result]):
             raise answer if isinstance(answer, DataError) else ChildFailedError(answer)
         result: Result = answer
         return result
+
+    def _receive(self, connection: Connection, timeout_s: float) -> tuple[bool, Any]:
+        if not connection.poll(timeout_s):
+            self.close()
+            raise ChildFailedError(f"no answer within {timeout_s:g} s")
+        succeeded, answer = receive(connection)
+        return succeeded, answer
 
     def kill(self) -> None:
         """End the process, whatever it is doing, and start no other; from any thread."""
@@ -110,16 +117,20 @@ class _Child(Generic[Argument, Result]):
         return ending
 
     def _start(self) -> Connection:
+        if self._ended:
+            raise ChildFailedError("not run")
         context = start_server(_module_of(self._function))
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
+        connection, theirs = context.Pipe()
+        process = context.Process(
             target=_serve, args=(theirs, self._function, self._limits.memory_bytes), daemon=True
         )
-        self._process.start()
+        process.start()
         theirs.close()
-        if self._ended:  # looked at after the start: `kill` may have come before there was one
-            self._process.kill()
-        return self._connection
+        self._process, self._connection = process, connection
+        if self._ended:  # `kill` came when there was nothing to kill yet
+            process.kill()
+        self._receive(connection, _START_S)
+        return connection
 
 
 class Children(Generic[Argument, Result]):
@@ -240,9 +251,8 @@ def _answer(
 
 
 def _end(children: Sequence[_Child[Argument, Result]], calls: _Calls[Argument, Result]) -> None:
-    while not calls.empty():
-        item = calls.get()
-        if item is not None:
+    with contextlib.suppress(queue.Empty):
+        while (item := calls.get_nowait()) is not None:
             item[1].cancel()
     for child in children:
         calls.put(None)
@@ -261,6 +271,7 @@ def _serve(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit_bytes = psutil.Process().memory_info().data + memory_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+    send(connection, (True, None))
     while True:
         try:
             argument = receive(connection)

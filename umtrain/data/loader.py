@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Sampler, default_collate
 
 from umtrain.data.dataset import RadiographDataset, SampleKey, SlideDataset
-from umtrain.data.isolated import READ_LIMITS, Children, Limits, start_server
+from umtrain.data.isolated import READ_LIMITS, Children, Limits, call_isolated, start_server
 from umtrain.data.skipped import Skipped
 from umtrain.errors import DataError
 
@@ -142,9 +142,9 @@ def make_loader(
     if workers:
         batch_bytes = batch_size * dataset.sample_bytes
         n_ahead = 1 if batch_bytes > _LARGE_BATCH_BYTES else 2
-        memory_bytes = limits.memory_bytes + _SAMPLE_COPIES * dataset.sample_bytes
-        of_sample = Limits(limits.timeout_s, memory_bytes)
-        readers = _Processes(dataset, workers, workers * n_ahead * batch_size, of_sample)
+        readers = _Processes(
+            dataset, workers, workers * n_ahead * batch_size, _with_sample(limits, dataset)
+        )
     sampler = EpochSampler(len(dataset), seed if shuffle else None)
     ledger = Skipped(dataset.records) if skipped is None else skipped
     return Loader(dataset, sampler, batch_size, drop_last, readers, ledger)
@@ -212,8 +212,14 @@ def _awaited(future: "Future[_Sample] | None") -> _Answer:
 
 
 def read_batch(dataset: AnyDataset, key: SampleKey) -> Batch:
-    """Return one sample as a batch, read in this process; DataError if it cannot be read."""
-    return _collate([_read(dataset, key)])
+    """Return one sample as a batch, read in a process of its own; DataError if that fails."""
+    limits = _with_sample(READ_LIMITS, dataset)
+    return _collate([call_isolated(partial(_read, dataset), key, limits)])
+
+
+def _with_sample(limits: Limits, dataset: AnyDataset) -> Limits:
+    memory_bytes = limits.memory_bytes + _SAMPLE_COPIES * dataset.sample_bytes
+    return Limits(limits.timeout_s, memory_bytes)
 
 
 def _read(dataset: AnyDataset, key: SampleKey) -> _Sample:
