@@ -262,8 +262,6 @@ def endless_element(content: bytes, rng: np.random.Generator) -> bytes:
 def inflates_without_end(content: bytes, rng: np.random.Generator) -> bytes:
     """A deflated data set of a few kilobytes that inflates to gigabytes."""
     film = _film(content)
-    meta = pydicom.Dataset()
-    meta.file_meta = film.file_meta
     film.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     del film.PixelData
     head = _stored(film)
@@ -307,7 +305,7 @@ def svs_like(pixels: np.ndarray) -> bytes:
     size_px = len(pixels)
     stream = io.BytesIO()
     with tifffile.TiffWriter(stream) as tiff:
-        for step, kind in ((1, ""), (4, "")):
+        for step in (1, 4):
             level = np.ascontiguousarray(pixels[::step, ::step])
             tiff.write(
                 level,
@@ -316,7 +314,7 @@ def svs_like(pixels: np.ndarray) -> bytes:
                 compression="jpeg",
                 description=(
                     f"Aperio Image Library v11.2.1\n{size_px}x{size_px} (128x128) -> "
-                    f"{len(level)}x{len(level)} JPEG/RGB Q=70{kind}|AppMag = 20|MPP = 0.5"
+                    f"{len(level)}x{len(level)} JPEG/RGB Q=70|AppMag = 20|MPP = 0.5"
                 ),
                 metadata=None,
             )

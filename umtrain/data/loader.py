@@ -87,10 +87,7 @@ class Loader:
         left = keys[self._first_batch * self._batch_size :]
         answers = self._readers.read(left, self._is_skipped)
         for first in range(0, len(left), self._batch_size):
-            slots = left[first : first + self._batch_size]
-            samples = [self._settled(key, next(answers)) for key in slots]
-            kept = [sample for sample in samples if sample is not None]
-            yield _collate(kept) if kept else {"id": []}
+            yield self._batch(left[first : first + self._batch_size], answers)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Make the next iteration that of `epoch`: its order and its augmentations.
@@ -103,7 +100,12 @@ class Loader:
     def _is_skipped(self, key: SampleKey) -> bool:
         return self._dataset.record(key.position) in self._skipped
 
-    def _settled(self, key: SampleKey, answer: "_Answer") -> Any | None:
+    def _batch(self, keys: Sequence[SampleKey], answers: "Iterator[_Answer]") -> Batch:
+        samples = [self._settled(key, next(answers)) for key in keys]
+        kept = [sample for sample in samples if sample is not None]
+        return _collate(kept) if kept else {"id": []}
+
+    def _settled(self, key: SampleKey, answer: "_Answer") -> "_Sample | None":
         """Return the sample that was asked for, or None once its image is left out."""
         record = self._dataset.record(key.position)
         if record in self._skipped:

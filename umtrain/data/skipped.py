@@ -17,7 +17,10 @@ _N_SHOWN = 10
 
 
 class SkippedImage(TypedDict):
-    """An image that was left out: its line in the manifest, when it was met, and why."""
+    """An image that was left out: its line in the manifest, when it was met, and why.
+
+    `epoch` is that of training; 0 where it was met by an evaluation.
+    """
 
     id: str
     row: int
