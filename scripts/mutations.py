@@ -219,10 +219,8 @@ def absurd_size(content: bytes, rng: np.random.Generator) -> bytes:
 
 def no_pixels(content: bytes, rng: np.random.Generator) -> bytes:
     film = _film(content)
-    if film.file_meta.TransferSyntaxUID.is_compressed:
-        film.PixelData = encapsulate([b""]) if rng.integers(2) else b""
-    else:
-        film.PixelData = b""
+    is_compressed = film.file_meta.TransferSyntaxUID.is_compressed
+    film.PixelData = encapsulate([b""] * int(rng.integers(1, 3))) if is_compressed else b""
     return _stored(film)
 
 

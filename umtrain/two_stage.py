@@ -4,6 +4,7 @@ What the field does where a slide is too large for a network, and what training 
 compared with. The network needs masks of the training slides; the whole slide one label.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -266,6 +267,8 @@ def _fill_in(
 
 
 def _log_loss(rows: list[Row]) -> float:
+    if not rows:
+        return math.nan
     labels, probs = (np.array([row[key] for row in rows], float) for key in ("label", "prob"))
     of_truth = np.where(labels == 1, probs, 1 - probs)
     return float(-np.log(np.clip(of_truth, np.finfo(float).tiny, 1)).mean())

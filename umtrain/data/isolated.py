@@ -73,7 +73,7 @@ class _Child(Generic[Argument, Result]):
         self._limits = limits
         self._process: ForkServerProcess | None = None
         self._connection: Connection | None = None
-        self._ended = False
+        self._ended = threading.Event()
 
     def call(self, argument: Argument) -> Result:
         """Return function(argument); its DataError, or ChildFailedError if its process failed."""
@@ -98,7 +98,7 @@ class _Child(Generic[Argument, Result]):
 
     def kill(self) -> None:
         """End the process, whatever it is doing, and start no other; from any thread."""
-        self._ended = True
+        self._ended.set()
         process = self._process
         if process is not None:
             process.kill()
@@ -117,7 +117,7 @@ class _Child(Generic[Argument, Result]):
         return ending
 
     def _start(self) -> Connection:
-        if self._ended:
+        if self._ended.is_set():
             raise ChildFailedError("not run")
         context = start_server(_module_of(self._function))
         connection, theirs = context.Pipe()
@@ -127,7 +127,7 @@ class _Child(Generic[Argument, Result]):
         process.start()
         theirs.close()
         self._process, self._connection = process, connection
-        if self._ended:  # `kill` came when there was nothing to kill yet
+        if self._ended.is_set():  # `kill` came when there was nothing to kill yet
             process.kill()
         self._receive(connection, _START_S)
         return connection
