@@ -264,11 +264,11 @@ def inflates_without_end(content: bytes, rng: np.random.Generator) -> bytes:
     del film.PixelData
     head = _stored(film)
     bomb = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    # Behind a full flush nothing refers back: the same zeros are the same bytes each time.
     element = struct.pack("<HH2sHI", 0x0028, 0x1201, b"OW", 0, 2**32 - 2)
-    packed = bomb.compress(element)
-    zeros = bytes(2**24)
-    for _ in range(int(rng.choice((64, 300)))):
-        packed += bomb.compress(zeros)
+    packed = bomb.compress(element) + bomb.flush(zlib.Z_FULL_FLUSH)
+    zeros = bomb.compress(bytes(2**24)) + bomb.flush(zlib.Z_FULL_FLUSH)
+    packed += zeros * int(rng.choice((64, 300)))
     return head[: 132 + 12 + film.file_meta.FileMetaInformationGroupLength] + packed + bomb.flush()
 
 
