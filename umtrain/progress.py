@@ -19,7 +19,7 @@ WARMUP_STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer update, a line of steps.csv."""
+    """One optimizer update, a line of steps.csv; none, its loss not a number, without an image."""
 
     step: int
     epoch: int
@@ -84,11 +84,11 @@ class Progress:
         """Return the record's throughput section, warm-up steps of each session left out."""
         starts = (0, *self.resumed_after)
         warmup = {start + number for start in starts for number in range(1, WARMUP_STEPS + 1)}
-        timed = [step for step in self.steps if step.step not in warmup]
+        timed = [step for step in self.steps if step.step not in warmup and step.images]
         figures = throughput([step.step_s for step in timed], [step.images for step in timed])
         return {
             **figures,
-            "warmup_steps": len(self.steps) - len(timed),
+            "warmup_steps": sum(step.step in warmup for step in self.steps),
             "data_wait_s": sum(step.data_wait_s for step in timed),
         }
 

@@ -126,8 +126,13 @@ def read_run_config(run_dir: Path, changes: dict[str, Any]) -> RunConfig:
         return config_from_dict(values)
     except UmtrainError:
         raise
-    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: not readable as a run's configuration ({error})") from error
+    except yaml.YAMLError as error:
+        raise RunError(
+            f"{path}: not readable as a run's configuration: it must hold plain values, nothing "
+            f"that makes objects ({type(error).__name__}); restore the file"
+        ) from error
 
 
 def newest_run(runs: Path = RUNS) -> Path:

@@ -166,6 +166,8 @@ def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], consol
             "differs); evaluate with the same rows, or train a run on the new ones"
         )
     task = tasks.create(config, manifest)
+    task.skipped.restore(e for e in record["data"]["skipped"] if e["split"] != split)
+    record["data"]["skipped"] = task.skipped.entries
     if not manifest.split(split):
         raise ConfigError(f"split={split}: {manifest.path} has no rows of this split")
     console.say(f"evaluating {run_dir} on {len(manifest.split(split))} images of split {split}")
@@ -245,7 +247,7 @@ def _new_record(command: str, task: Task, device: torch.device) -> Record:
             "n_patients": {split: _n_patients(manifest, split) for split in get_args(Split)},
             **_scale(manifest),
             **task.data_facts,
-            "skipped": [],
+            "skipped": task.skipped.entries,
         },
         "reasons": {},
     }
@@ -479,10 +481,15 @@ def _evaluate_split(
         else:
             loader = task.loader(split, training=False)
             rows, loss = inference(task, prepared, strategy, split, loader, console)
+    if not rows:
+        record[split], record["reasons"][split] = None, f"no image of split {split} can be read"
+        write_predictions(run_dir, task.fields, rows, split)
+        return
     validation = record["val"] if split == "test" else None
     record[split] = {
         "loss": loss,
         "n": len(rows),
+        "n_skipped": len(task.skipped.of_split(split)),
         **task.evidence(rows, validation),
         "precision": task.config.precision,
         "device": task.config.device,

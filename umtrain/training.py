@@ -60,6 +60,8 @@ def inference(
     model.eval()
     with torch.inference_mode(), console.task(f"evaluating {split}", len(loader)) as bar:
         for done, batch in enumerate(loader, 1):
+            if not batch["id"]:  # Note: [A batch without an image] in umtrain/data/loader.py
+                continue
             strategy.on_progress = _Inside(bar, done, "batch").update
             with autocast(device, precision):
                 outputs = model(task.inputs(batch, device, input_dtype(precision)))
@@ -173,6 +175,8 @@ class Trainer:
         self._log_step(step)
 
     def _log_step(self, step: Step) -> None:
+        if not step.images:
+            return
         images_per_s = step.images / step.step_s
         figures = {"loss": step.loss, "lr": step.lr, "images_per_s": images_per_s}
         self.logger.step(step.step, figures)
@@ -187,6 +191,8 @@ class Trainer:
         for _ in range(n_batches):
             batch, waited_s = next(batches)
             wait_s += waited_s
+            if not batch["id"]:
+                continue
             start_s = self._now()
             share = len(batch["id"]) / n_images_planned
             total_loss += self._forward_backward(batch, share)
@@ -194,11 +200,15 @@ class Trainer:
             ids += batch["id"]
             busy_s += self._now() - start_s
         start_s = self._now()
-        if undo is not None and not (math.isfinite(total_loss) and self._has_finite_gradients()):
-            undo.put_back()
-            self._leave_out(number, ids, total_loss)
+        if n_images:
+            total_loss *= self._spread(n_images_planned / n_images)
+            if undo is not None and not self._is_finite(total_loss):
+                undo.put_back()
+                self._leave_out(number, ids, total_loss)
+            else:
+                self._update()
         else:
-            self._update()
+            total_loss = math.nan
         self._advance_schedule()
         busy_s += self._now() - start_s
         return Step(number, epoch, total_loss, lr, n_images, busy_s, wait_s)
@@ -237,9 +247,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _has_finite_gradients(self) -> bool:
+    def _is_finite(self, loss: float) -> bool:
+        """Tell whether the loss and all gradients are numbers."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return math.isfinite(nn.utils.get_total_norm(gradients).item())
+        return math.isfinite(loss) and math.isfinite(nn.utils.get_total_norm(gradients).item())
 
     def _leave_out(self, number: int, ids: list[str], loss: float) -> None:
         """Drop the gradients of a step, and note that. Raises RunError if that goes on and on."""
@@ -262,6 +273,14 @@ class Trainer:
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 self.schedule.step()
 
+    def _spread(self, factor: float) -> float:
+        """Let the gradients be the mean over the images there are, not those planned."""
+        if factor != 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        return factor
+
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -275,10 +294,11 @@ class Trainer:
             rows, loss = inference(
                 self.task, self.model, self.strategy, "val", self.validation, self.console
             )
-            metrics = self.task.metrics(rows)
-            headline = {"loss": loss, self.task.headline: metrics.get(self.task.headline)}
-            self.logger.validation(len(self.progress.steps), headline, rows)
-            self.on_validation(rows, len(self.progress.steps))
+            if rows:
+                metrics = self.task.metrics(rows)
+                headline = {"loss": loss, self.task.headline: metrics.get(self.task.headline)}
+                self.logger.validation(len(self.progress.steps), headline, rows)
+                self.on_validation(rows, len(self.progress.steps))
         with self.stop.finishing():
             self._is_whole = False
             better, shown = True, "no validation images"
@@ -352,6 +372,7 @@ class Trainer:
             "strategy": self.strategy.running_name,
             "config": config_to_dict(self.config),
             "manifest_sha256": self.task.manifest.sha256,
+            "skipped": self.task.skipped.entries,
             "memory_use": self.memory_use(),
             "started_at_s": self.clock.started_at_s,
             "elapsed_s": self.clock.elapsed_s,
@@ -366,6 +387,7 @@ class Trainer:
         self.progress = Progress.from_state(state["progress"])
         self.progress.resumed_after.append(state["step"])
         self.clock.go_on(state["started_at_s"], state["elapsed_s"])
+        self.task.skipped.restore(state["skipped"])
         restore_random_state(state["random"])
         self._memory_before, self._n_steps_before = state["memory_use"], state["step"]
         self._saved_step = state["step"]
