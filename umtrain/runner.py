@@ -17,8 +17,8 @@ from umtrain.checkpoint import BEST, FOLDER, load_checkpoint
 from umtrain.config import RunConfig, run_identity
 from umtrain.console import Console, format_duration
 from umtrain.data.demo import demo_manifest, demo_spec
-from umtrain.data.labels import positive_class
-from umtrain.data.manifest import Kind, Manifest, Slide, Split, read_manifest
+from umtrain.data.labels import LabelledManifest, positive_class
+from umtrain.data.manifest import Kind, Split, is_present, read_manifest
 from umtrain.device import device_name, resolve_device, resolve_precision
 from umtrain.errors import ConfigError, DataError, OutOfMemoryError, RunError
 from umtrain.logger import RunLogger, check_logger, create_logger
@@ -123,9 +123,9 @@ def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyM
     _check_files(manifest)
     if config.approach == two_stage.NAME:
         two_stage.check_masks(manifest)
-    if manifest.kind == "wsi":
+    if manifest.kind in ("wsi", "ct"):
         # Kept with the run: another version of the rules must not turn its labels round.
-        positive = positive_class(cast(Manifest[Slide], manifest), dataset.positive)
+        positive = positive_class(cast(LabelledManifest, manifest), dataset.positive)
         config = dataclasses.replace(
             config, dataset=dataclasses.replace(config.dataset, positive=positive)
         )
@@ -133,7 +133,7 @@ def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyM
 
 
 def _check_files(manifest: AnyManifest) -> None:
-    missing = [record for record in manifest.records if not record.path.is_file()]
+    missing = [record for record in manifest.records if not is_present(record)]
     if missing:
         shown = "\n".join(f"  row {record.row}: {record.path}" for record in missing[:_N_SHOWN])
         more = f"\n  and {len(missing) - _N_SHOWN} more" if len(missing) > _N_SHOWN else ""
@@ -190,6 +190,8 @@ def _n_patients(manifest: AnyManifest, split: Split) -> int:
 
 def _scale(manifest: AnyManifest) -> Record:
     """Return the range of sizes of a pixel that the manifest states, µm or mm, and how many not."""
+    if manifest.kind == "ct":
+        return {}  # each file states its own
     key = "mpp" if manifest.kind == "wsi" else "mm_per_px"
     values = [getattr(record, key) for record in manifest.records]
     stated = [value for value in values if value is not None]

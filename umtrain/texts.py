@@ -74,8 +74,8 @@ COMMANDS = {
     "data": Command(
         "umtrain data make|check|import …",
         "make synthetic data, check a manifest and its files, import other tables",
-        "data make dataset=wsi|spine [n=…] [size=…] [seed=0] [out=DIR]\n"
-        "data check CSV [dataset=wsi|spine] [root=DIR] [fit=pad|crop]\n"
+        "data make dataset=wsi|spine|ct [n=…] [size=…] [seed=0] [out=DIR]\n"
+        "data check CSV [dataset=wsi|spine|ct] [root=DIR] [fit=pad|crop]\n"
         "data import TABLE slides=DIR out=CSV [seed=0] "
         "[format=camelyon16|panda|panda_isup|clam|simple]",
         (

@@ -49,6 +49,14 @@ def parse_length(cell: str) -> float:
     return value
 
 
+def parse_window_width(cell: str) -> float:
+    """Return a number above 0."""
+    value = parse_number(cell)
+    if value <= 0:
+        raise BadCellError("a number above 0", "write Hounsfield units, or leave it empty")
+    return value
+
+
 def parse_split(cell: str) -> Split:
     """Return train, val or test."""
     if cell not in SPLITS:
@@ -96,6 +104,7 @@ class PathParser:
 CELL_PARSERS: dict[str, Callable[[str], object]] = {
     "slide_id": parse_text,
     "image_id": parse_text,
+    "volume_id": parse_text,
     "patient_id": parse_text,
     "label": parse_text,
     "split": parse_split,
@@ -106,5 +115,7 @@ CELL_PARSERS: dict[str, Callable[[str], object]] = {
     "s1_x": parse_number,
     "s1_y": parse_number,
     "facing": parse_facing,
+    "window_center": parse_number,
+    "window_width": parse_window_width,
     "sha256": parse_sha256,
 }

@@ -24,10 +24,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from umtrain.data.dataset import RadiographDataset, SampleKey, SlideDataset
+from umtrain.data.volume_dataset import VolumeDataset
 from umtrain.errors import DeviceError, UmtrainError
 from umtrain.units import format_bytes
 
 Batch = dict[str, Any]
+ImageDataset = SlideDataset | RadiographDataset | VolumeDataset
 
 _SHARED_MEMORY = Path("/dev/shm")
 # Two batches wait per reader, as readers are not equally fast; a large one trains for long, so
@@ -92,7 +94,7 @@ class Loader:
 
 
 def make_loader(
-    dataset: SlideDataset | RadiographDataset,
+    dataset: ImageDataset,
     batch_size: int,
     *,
     shuffle: bool,
@@ -102,7 +104,8 @@ def make_loader(
 ) -> Loader:
     """Return batches of `dataset`: its samples' values stacked, images in channels-last memory.
 
-    image is uint8 (batch, 3, res, res) or uint16 (batch, 1, height, width); numbers become
+    image is uint8 (batch, 3, res, res), uint16 (batch, 1, height, width) or uint16
+    (batch, 1, depth, rows, columns); numbers become
     tensors and ids lists. With `workers`, as many reader processes prepare the next batches
     while the present one trains; batches are the same for any number of them.
     Raises DeviceError if /dev/shm cannot hold the batches under way.
@@ -137,7 +140,7 @@ def make_loader(
 class _Reporting(Dataset[Any]):
     """Hands errors on as samples: a DataLoader would bury their text in a traceback."""
 
-    def __init__(self, dataset: SlideDataset | RadiographDataset) -> None:
+    def __init__(self, dataset: ImageDataset) -> None:
         self._dataset = dataset
 
     def __len__(self) -> int:
@@ -157,9 +160,9 @@ def collate(samples: Sequence[Any]) -> Batch | UmtrainError:
             return sample
     rest = [{key: value for key, value in s.items() if key != "image"} for s in samples]
     # Slides lie in memory as (rows, columns, channels): stacked like that, nothing is reordered.
-    rows_first = [sample["image"].permute(1, 2, 0) for sample in samples]
+    rows_first = [sample["image"].movedim(0, -1) for sample in samples]
     stacked = rows_first[0][None] if len(samples) == 1 else default_collate(rows_first)
-    return {"image": stacked.permute(0, 3, 1, 2), **default_collate(rest)}
+    return {"image": stacked.movedim(-1, 1), **default_collate(rest)}
 
 
 def _end_with_trainer(_reader: int) -> None:
