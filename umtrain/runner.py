@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from umtrain import memory, tasks, two_stage
-from umtrain.cases import Explain, grad_cam_maps, remove_cases, write_cases
+from umtrain.cases import grad_cam_maps, grad_cams, remove_cases, write_cases
 from umtrain.checkpoint import BEST, FOLDER, load_checkpoint
 from umtrain.config import RunConfig, run_identity
 from umtrain.console import Console, format_duration
@@ -415,13 +415,12 @@ def _evaluate_split(
 
 def _maps(
     task: Task, model: nn.Module, split: Split, device: torch.device, run_dir: Path
-) -> AbstractContextManager[Explain]:
-    """Return what shows where on a slide the network found its reasons."""
+) -> AbstractContextManager[Any]:
+    """Return what shows where in an image the network found its reasons; see `write_cases`."""
     if task.config.approach == two_stage.NAME:
         return two_stage.cancer_maps(task, split, run_dir)
-    return grad_cam_maps(
-        task, model, split, lambda: _create_strategy(task.config, device, trace=None)
-    )
+    make = grad_cams if task.config.dataset.name == "ct" else grad_cam_maps
+    return make(task, model, split, lambda: _create_strategy(task.config, device, trace=None))
 
 
 def _publish(run_dir: Path, record: Record, console: Console) -> None:

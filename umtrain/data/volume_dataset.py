@@ -59,6 +59,10 @@ class VolumeDataset(Dataset[VolumeSample]):
     def __len__(self) -> int:
         return len(self.records)
 
+    def record(self, position: int) -> Volume:
+        """Return the manifest row that a sample is of."""
+        return self.records[position]
+
     def __getitem__(self, key: SampleKey) -> VolumeSample:
         """Read, place and augment one volume; DataError if it cannot be read."""
         volume = self.records[key.position]

@@ -1,6 +1,6 @@
 """CT volumes with one label each."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ class VolumeTask(ClassificationTask):
     def __init__(self, config: RunConfig, manifest: Manifest[Volume]) -> None:
         super().__init__(config, manifest)
         self.volumes = manifest
+
+    @property
+    def data_facts(self) -> dict[str, Any]:
+        """Which label is positive, and what of a volume the network sees."""
+        chosen = self.config.dataset
+        assert chosen.window_center is not None
+        assert chosen.window_width is not None
+        low = chosen.window_center - chosen.window_width / 2
+        grid = " × ".join(str(n) for n in self.input_shape)
+        at = f" at {chosen.spacing_mm:g} mm" if chosen.spacing_mm else ""
+        window = f"{low:g} to {low + chosen.window_width:g} HU"
+        return {**super().data_facts, "grid": f"{grid} voxels{at}", "window": window}
 
     @property
     def input_shape(self) -> tuple[int, ...]:
