@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from torch import nn
 from umtrain.console import Console
 from umtrain.data.dataset import RadiographDataset, SampleKey
 from umtrain.data.loader import collate
-from umtrain.data.manifest import AnyRecord, Radiograph, Slide, Split
+from umtrain.data.manifest import AnyRecord, Radiograph, Slide, Split, Volume
 from umtrain.data.radiograph import read_radiograph
 from umtrain.data.wsi import SlideFrame, SlideInfo, plan_frame, read_slide, slide_info
 from umtrain.errors import DataError, OutOfMemoryError, UmtrainError
@@ -216,7 +216,8 @@ def grad_cams(
     """
     dataset = task.dataset(split, training=False)
     assert not isinstance(dataset, RadiographDataset)
-    positions = {record.id: at for at, record in enumerate(dataset.records)}
+    records: Sequence[Slide | Volume] = dataset.records
+    positions = {record.id: at for at, record in enumerate(records)}
     device, precision = next(model.parameters()).device, task.config.precision
     dtype = input_dtype(precision)
     was_training = model.training

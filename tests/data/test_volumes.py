@@ -108,8 +108,8 @@ def test_a_volume_s_own_window_wins(volumes):
     assert ((shares == 0) | (shares == 1)).float().mean() > 0.9
 
 
-@given(st.integers(-4, 4), st.integers(-4, 4), st.integers(-4, 4))
-def test_a_shift_brings_zeros_in_and_can_be_taken_back(*shifts):
+@given(st.tuples(*[st.integers(-4, 4)] * 3))
+def test_a_shift_brings_zeros_in_and_can_be_taken_back(shifts):
     grey = np.arange(1, 4 * 5 * 6 + 1, dtype=np.uint16).reshape(4, 5, 6)
     moved = shifted(grey, list(shifts))
     kept = [max(0, n - abs(s)) for n, s in zip(grey.shape, shifts, strict=True)]

@@ -41,7 +41,8 @@ class Gradients:
     bias: Tensor | None = None
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
+    """Return `x`, of an image or a volume, in channels-last memory."""
     is_image = x.ndim == 4
     return x.contiguous(memory_format=torch.channels_last if is_image else torch.channels_last_3d)
 
@@ -165,7 +166,7 @@ class MaxPooling(Operation):
         """See `Operation`."""
         indices = self._run(z)[1]
         run = _MAX_BACKWARD[len(self.kernel)]
-        return Gradients(run(_channels_last(dy), z, *self._geometry(), indices))
+        return Gradients(run(channels_last(dy), z, *self._geometry(), indices))
 
     def _run(self, z: Tensor) -> tuple[Tensor, Tensor]:
         pooled, indices = _MAX[len(self.kernel)](z, *self._geometry())
@@ -205,7 +206,7 @@ class AveragePooling(Operation):
     ) -> Gradients:
         """See `Operation`."""
         run = _AVERAGE_BACKWARD[len(self.kernel)]
-        return Gradients(run(_channels_last(dy), z, *self._geometry()))
+        return Gradients(run(channels_last(dy), z, *self._geometry()))
 
     def _geometry(self) -> tuple[object, ...]:
         return self.kernel, self.stride, (0, *self.padding[1:]), False, True, self.divisor

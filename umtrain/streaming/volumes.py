@@ -32,7 +32,7 @@ def folded(x: Tensor) -> Tensor:
 
 def unfolded(x: Tensor, plane: Plane) -> Tensor:
     """Return what was `folded` as it was: a view."""
-    return x if plane is None else x.unflatten(3, plane)
+    return x if plane is None else x.view(*x.shape[:3], *plane)
 
 
 @dataclass(frozen=True)

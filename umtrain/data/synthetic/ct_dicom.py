@@ -1,6 +1,7 @@
 """Synthetic volumes as DICOM series (CT Image, PS3.3 A.3), the same bytes every time."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def write_series(folder: Path, hu: NDArray[np.floating], header: SeriesHeader) -
         file.SOPInstanceUID = file.file_meta.MediaStorageSOPInstanceUID
         _set_geometry(file, header, number, at)
         _set_pixels(file, hu[at])
-        write_atomic(path, lambda stream, file=file: file.save_as(stream, enforce_file_format=True))
+        write_atomic(path, partial(file.save_as, enforce_file_format=True))
 
 
 def _uid(header: SeriesHeader, part: str) -> str:

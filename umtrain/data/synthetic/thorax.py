@@ -136,7 +136,8 @@ class _Lung:
         """Return a point at most `within` of the way from the middle to the surface."""
         direction = rng.normal(size=3)
         direction /= np.linalg.norm(direction)
-        return self.center + direction * self.radii * within * rng.uniform() ** (1 / 3)
+        share = within * rng.uniform() ** (1 / 3)
+        return np.asarray(self.center + direction * self.radii * share)
 
     @property
     def hilum(self) -> Point:
