@@ -20,6 +20,7 @@ from umtrain.data.dicom import (
     check_grey_frame,
     damaged,
     decode_pixels,
+    is_padding,
     noting_warnings,
     read_header,
 )
@@ -35,7 +36,6 @@ _GEOMETRY = (
 _VALUES = (
     *PIXEL_ATTRIBUTES,
     *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType"),
-    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
 )
 # DICOM counts to the left and back, NIfTI and the rest of the field to the right and front.
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -223,17 +223,7 @@ def _read_slice(path: Path, shape: tuple[int, int]) -> NDArray[np.int16]:
         values = np.asarray(apply_modality_lut(stored, header), np.float64)
     except Exception as error:  # malformed LUTs fail in many ways inside pydicom
         raise damaged(path, "its modality LUT cannot be applied", error) from error
-    return to_hu(np.where(_is_padding(stored, header), AIR_HU, values))
-
-
-def _is_padding(stored: NDArray[np.integer], header: Dataset) -> NDArray[np.bool_]:
-    """Return which pixels lie outside of the image (DICOM PS3.3 C.7.5.1.1.2)."""
-    first = header.get("PixelPaddingValue")
-    if first is None:
-        return np.zeros(stored.shape, bool)
-    last = header.get("PixelPaddingRangeLimit")
-    low, high = sorted((first, first if last is None else last))
-    return np.asarray((stored >= low) & (stored <= high))
+    return to_hu(np.where(is_padding(stored, header), AIR_HU, values))
 
 
 def _affine(plane: _Plane, slices: Sequence[_Slice]) -> NDArray[np.float64]:

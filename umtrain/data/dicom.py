@@ -18,11 +18,12 @@ from pydicom.uid import UID
 from umtrain.data import radiograph_jpeg
 from umtrain.errors import DataError
 
-# What the decoders need.
+# What the decoders need, and which pixels are none.
 PIXEL_ATTRIBUTES = (
     *("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "SpecificCharacterSet"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
 )
 
 
@@ -101,6 +102,16 @@ def decode_pixels(header: Dataset, path: Path) -> np.ndarray:
     if stored.shape != (header.Rows, header.Columns) or stored.dtype.itemsize > 2:
         raise damaged(path, f"its pixels decode to {stored.dtype} {stored.shape}")
     return stored
+
+
+def is_padding(values: np.ndarray, header: Dataset) -> np.ndarray:
+    """Return which stored values mark pixels outside the image (DICOM PS3.3 C.7.5.1.1.2)."""
+    first = header.get("PixelPaddingValue")
+    if first is None:
+        return np.zeros(values.shape, bool)
+    last = header.get("PixelPaddingRangeLimit")
+    low, high = sorted((first, first if last is None else last))
+    return np.asarray((values >= low) & (values <= high))
 
 
 def _check_codec(syntax: UID, path: Path) -> None:

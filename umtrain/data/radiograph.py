@@ -17,6 +17,7 @@ from umtrain.data.dicom import (
     PIXEL_ATTRIBUTES,
     check_grey_frame,
     decode_pixels,
+    is_padding,
     noting_warnings,
     read_header,
 )
@@ -26,7 +27,6 @@ _LOG = logging.getLogger(__name__)
 
 _ATTRIBUTES = [
     *PIXEL_ATTRIBUTES,
-    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
     *("PixelSpacing", "ImagerPixelSpacing", "EstimatedRadiographicMagnificationFactor"),
@@ -117,7 +117,7 @@ def _to_display(stored: np.ndarray, header: Dataset, path: Path) -> np.ndarray:
     codes = stored.view(f"u{stored.dtype.itemsize}")
     n_codes = 2 ** (8 * stored.dtype.itemsize)
     values = np.arange(n_codes, dtype=codes.dtype).view(stored.dtype)
-    padding = _is_padding(values, header)
+    padding = is_padding(values, header)
     counts = np.bincount(codes.ravel(), minlength=n_codes)
     counts[padding] = 0
     if np.count_nonzero(counts) < 2:
@@ -140,16 +140,6 @@ def _to_display(stored: np.ndarray, header: Dataset, path: Path) -> np.ndarray:
         )
     pixels: np.ndarray = table[codes]
     return pixels
-
-
-def _is_padding(values: np.ndarray, header: Dataset) -> np.ndarray:
-    """Return which stored values mark pixels outside the image (DICOM PS3.3 C.7.5.1.1.2)."""
-    first = header.get("PixelPaddingValue")
-    if first is None:
-        return np.zeros(values.shape, bool)
-    last = header.get("PixelPaddingRangeLimit")
-    low, high = sorted((first, first if last is None else last))
-    return np.asarray((values >= low) & (values <= high))
 
 
 def _grey_scale(values: np.ndarray, counts: np.ndarray, header: Dataset) -> np.ndarray:
