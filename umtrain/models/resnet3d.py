@@ -5,10 +5,10 @@ MONAI is imported when a network is built: it takes seconds.
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
-from umtrain.errors import ConfigError
 from umtrain.models.norm import NormLayer
+from umtrain.models.resnet import create_pool
 
 HEAD = "fc"
 
@@ -19,28 +19,6 @@ FEATURE_STRIDE_VOXELS = (16, 32, 32)
 # Slices of CT are thicker than their pixels are wide: the first convolution halves rows and columns
 # only (Hara et al., CVPR 2018, do the same with frames of a film).
 _STEM_STRIDE = (1, 2, 2)
-_DEFAULT_POOL = "avgmax"
-
-
-class AverageAndMax3d(nn.Module):
-    """Half the global average and half the maximum: (N, C, D, H, W) to (N, C, 1, 1, 1)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.average = nn.AdaptiveAvgPool3d(1)
-        self.maximum = nn.AdaptiveMaxPool3d(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mean of both."""
-        pooled: Tensor = 0.5 * (self.average(x) + self.maximum(x))
-        return pooled
-
-
-_POOLS: dict[str, Callable[[], nn.Module]] = {
-    "avg": lambda: nn.AdaptiveAvgPool3d(1),
-    "max": lambda: nn.AdaptiveMaxPool3d(1),
-    "avgmax": AverageAndMax3d,
-}
 
 
 def resnet18_3d(
@@ -78,9 +56,6 @@ def _adapted(
     pool: str | None,
 ) -> nn.Module:
     """Return MONAI's network with our norms and pooling in the place of its own."""
-    pool = _DEFAULT_POOL if pool is None else pool
-    if pool not in _POOLS:
-        raise ConfigError(f"model.pool={pool} is unknown; choose one of {', '.join(_POOLS)}")
     model = build(
         spatial_dims=3,
         n_input_channels=in_channels,
@@ -93,7 +68,7 @@ def _adapted(
             if isinstance(child, nn.BatchNorm3d):
                 setattr(parent, name, norm(child.num_features))
     _start_branches_at_zero(model)
-    model.avgpool = _POOLS[pool]()
+    model.avgpool = create_pool(pool, n_dims=3)
     return model
 
 
