@@ -32,6 +32,7 @@ COMMANDS = {
         (
             "umtrain fit dataset=wsi res=1024",
             "umtrain fit dataset=spine res=512 epochs=20",
+            "umtrain fit dataset=ct res=96 dataset.depth=32",
             "umtrain fit dataset=wsi dataset.manifest=slides.csv res=2048 precision=bf16",
         ),
         True,
@@ -80,6 +81,7 @@ COMMANDS = {
         "[format=camelyon16|panda|panda_isup|clam|simple]",
         (
             "umtrain data make dataset=wsi n=60 size=2048 out=slides",
+            "umtrain data make dataset=ct n=60 size=160 out=ct",
             "umtrain data check slides/manifest.csv",
             "umtrain data import train.csv slides=/data/panda out=panda.csv",
         ),
