@@ -14,14 +14,14 @@ from rich.table import Table
 from torch import nn
 
 from umtrain import memory, tasks, two_stage
-from umtrain.cases import Explain, grad_cam_maps, remove_cases, write_cases
+from umtrain.cases import grad_cam_maps, grad_cams, remove_cases, write_cases
 from umtrain.checkpoint import BEST, FOLDER, load_checkpoint, step_of, step_paths
 from umtrain.clock import RunClock
 from umtrain.config import RunConfig, run_identity
 from umtrain.console import Console, format_duration
 from umtrain.data.demo import demo_manifest, demo_spec
-from umtrain.data.labels import positive_class
-from umtrain.data.manifest import Kind, Manifest, Slide, Split, read_manifest
+from umtrain.data.labels import LabelledManifest, positive_class
+from umtrain.data.manifest import Kind, Split, is_present, read_manifest
 from umtrain.device import (
     device_name,
     naming_device_failures,
@@ -192,9 +192,9 @@ def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyM
     _check_files(manifest)
     if config.approach == two_stage.NAME:
         two_stage.check_masks(manifest)
-    if manifest.kind == "wsi":
+    if manifest.kind in ("wsi", "ct"):
         # Kept with the run: another version of the rules must not turn its labels round.
-        positive = positive_class(cast(Manifest[Slide], manifest), dataset.positive)
+        positive = positive_class(cast(LabelledManifest, manifest), dataset.positive)
         config = dataclasses.replace(
             config, dataset=dataclasses.replace(config.dataset, positive=positive)
         )
@@ -202,7 +202,7 @@ def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyM
 
 
 def _check_files(manifest: AnyManifest) -> None:
-    missing = [record for record in manifest.records if not record.path.is_file()]
+    missing = [record for record in manifest.records if not is_present(record)]
     if missing:
         shown = "\n".join(f"  row {record.row}: {record.path}" for record in missing[:_N_SHOWN])
         more = f"\n  and {len(missing) - _N_SHOWN} more" if len(missing) > _N_SHOWN else ""
@@ -259,6 +259,8 @@ def _n_patients(manifest: AnyManifest, split: Split) -> int:
 
 def _scale(manifest: AnyManifest) -> Record:
     """Return the range of sizes of a pixel that the manifest states, µm or mm, and how many not."""
+    if manifest.kind == "ct":
+        return {}  # each file states its own
     key = "mpp" if manifest.kind == "wsi" else "mm_per_px"
     values = [getattr(record, key) for record in manifest.records]
     stated = [value for value in values if value is not None]
@@ -509,13 +511,12 @@ def _evaluate_split(
 
 def _maps(
     task: Task, model: nn.Module, split: Split, device: torch.device, run_dir: Path
-) -> AbstractContextManager[Explain]:
-    """Return what shows where on a slide the network found its reasons."""
+) -> AbstractContextManager[Any]:
+    """Return what shows where in an image the network found its reasons; see `write_cases`."""
     if task.config.approach == two_stage.NAME:
         return two_stage.cancer_maps(task, split, run_dir)
-    return grad_cam_maps(
-        task, model, split, lambda: _create_strategy(task.config, device, trace=None)
-    )
+    make = grad_cams if task.config.dataset.name == "ct" else grad_cam_maps
+    return make(task, model, split, lambda: _create_strategy(task.config, device, trace=None))
 
 
 def _publish(run_dir: Path, record: Record, console: Console) -> None:

@@ -34,6 +34,7 @@ COMMANDS = {
             "umtrain fit dataset=wsi res=1024",
             "umtrain fit resume=runs/night",
             "umtrain fit dataset=spine res=512 epochs=20",
+            "umtrain fit dataset=ct res=96 dataset.depth=32",
             "umtrain fit dataset=wsi dataset.manifest=slides.csv res=2048 precision=bf16",
         ),
         True,
@@ -76,12 +77,13 @@ COMMANDS = {
     "data": Command(
         "umtrain data make|check|import …",
         "make synthetic data, check a manifest and its files, import other tables",
-        "data make dataset=wsi|spine [n=…] [size=…] [seed=0] [out=DIR]\n"
-        "data check CSV [dataset=wsi|spine] [root=DIR] [fit=pad|crop]\n"
+        "data make dataset=wsi|spine|ct [n=…] [size=…] [seed=0] [out=DIR]\n"
+        "data check CSV [dataset=wsi|spine|ct] [root=DIR] [fit=pad|crop]\n"
         "data import TABLE slides=DIR out=CSV [seed=0] "
         "[format=camelyon16|panda|panda_isup|clam|simple]",
         (
             "umtrain data make dataset=wsi n=60 size=2048 out=slides",
+            "umtrain data make dataset=ct n=60 size=160 out=ct",
             "umtrain data check slides/manifest.csv",
             "umtrain data import train.csv slides=/data/panda out=panda.csv",
         ),

@@ -10,7 +10,12 @@ from torch import nn
 from umtrain import models
 
 STRATEGIES = ("vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
-SHAPES = {"resnet50": (2, 3, 64, 64), "resnet101": (2, 3, 32, 32), "resunet35": (2, 1, 64, 64)}
+SHAPES = {
+    "resnet50": (2, 3, 64, 64),
+    "resnet101": (2, 3, 32, 32),
+    "resunet35": (2, 1, 64, 64),
+    "resnet18_3d": (2, 1, 18, 32, 40),
+}
 
 
 @cache

@@ -24,6 +24,7 @@ from umtrain.streaming.program import Program
 from umtrain.streaming.running import Arenas, Ready, Settings
 from umtrain.streaming.schedule import Needs
 from umtrain.streaming.tracing import Traced, trace
+from umtrain.streaming.volumes import folded, plane_of, unfolded
 
 _log = logging.getLogger(__name__)
 
@@ -155,13 +156,15 @@ class _Streamed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ready: Ready, n_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = [x.detach() for x in tensors[:n_inputs]]
+        inputs = [folded(x.detach()) for x in tensors[:n_inputs]]
         with torch.no_grad(), _without_autocast(ready.compiled.device):
             step = ready.new_step()
             outputs = step.forward(inputs)
         ctx.step = step if any(ready.compiled.needs.backward) else None
         ctx.device = ready.compiled.device
-        return tuple(outputs)
+        ctx.input_planes = [plane_of(x) for x in tensors[:n_inputs]]
+        planes = ready.compiled.program.output_planes
+        return tuple(unfolded(x, plane) for x, plane in zip(outputs, planes, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -173,8 +176,12 @@ class _Streamed(torch.autograd.Function):
                 "maps are gone (retain_graph has no effect)"
             )
         with torch.no_grad(), _without_autocast(ctx.device):
-            inputs, learned = step.backward(given)
-        return (None, None, *inputs, *learned)
+            inputs, learned = step.backward([dy if dy is None else folded(dy) for dy in given])
+        gradients = [
+            dx if dx is None else unfolded(dx, plane)
+            for dx, plane in zip(inputs, ctx.input_planes, strict=True)
+        ]
+        return (None, None, *gradients, *learned)
 
 
 def _without_autocast(device: torch.device) -> Any:

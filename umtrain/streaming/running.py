@@ -117,7 +117,9 @@ class Ready:
         outputs = []
         for kind, index in program.outputs:
             a_map = program.maps[index]
-            shape, dtype = program.pooled[index] if kind == "pooled" else (a_map.shape, a_map.dtype)
+            shape, dtype = (
+                program.pooled[index] if kind == "pooled" else (a_map.outer_shape, a_map.dtype)
+            )
             outputs.append(torch.empty(shape, dtype=dtype, device=device, requires_grad=wanted))
         return outputs
 

@@ -5,14 +5,16 @@ from typing import Any
 
 from umtrain.config import RunConfig
 from umtrain.tasks.base import AnyManifest, Row, Task
-from umtrain.tasks.classification import ClassificationTask
 from umtrain.tasks.keypoints import KeypointTask
+from umtrain.tasks.slides import SlideTask
+from umtrain.tasks.volumes import VolumeTask
 
 __all__ = ["AnyManifest", "Row", "Task", "create"]
 
 _TASKS: dict[str, Callable[[RunConfig, Any], Task]] = {
-    "wsi": ClassificationTask,
+    "wsi": SlideTask,
     "spine": KeypointTask,
+    "ct": VolumeTask,
 }
 
 
