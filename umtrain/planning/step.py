@@ -1,0 +1,74 @@
+"""What one training step does, operation by operation: all that the planner knows of a network."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Phase = Literal["forward", "backward", "optimizer"]
+Kind = Literal["parameter", "buffer", "input", "gradient", "saved", "temporary"]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The shape of a convolution: what its speed depends on besides its size."""
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+    output: tuple[int, ...]  # its batch and spatial sizes, rows first
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a kernel.
+
+    `name` is aten's, without overload ("convolution", "native_batch_norm_backward"); `layer` the
+    leaf module that called it, "" for none. Bytes are those of its distinct operands and results.
+    """
+
+    name: str
+    layer: str
+    phase: Phase
+    dtype: str  # "bf16", "fp32", "fp64": what it computes in
+    flops: float
+    read_bytes: int
+    written_bytes: int
+    convolution: Convolution | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A storage, alive from the operation `first` to the operation `last`, both included.
+
+    `saved_until` is the last forward operation that reads it, where autograd saves it; `needed`
+    are the backward operations that read it, in order.
+    """
+
+    n_bytes: int
+    kind: Kind
+    first: int
+    last: int
+    layer: str
+    saved_until: int | None = None
+    needed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """A step: forward, backward and update. Indices of allocations are into `operations`."""
+
+    operations: list[Operation]
+    allocations: list[Allocation] = field(default_factory=list)
+
+    def live_bytes(self) -> list[int]:
+        """Return the bytes alive during each operation."""
+        changes = [0] * (len(self.operations) + 1)
+        for allocation in self.allocations:
+            changes[allocation.first] += allocation.n_bytes
+            changes[allocation.last + 1] -= allocation.n_bytes
+        live, total = [], 0
+        for change in changes[:-1]:
+            total += change
+            live.append(total)
+        return live
