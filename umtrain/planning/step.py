@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Phase = Literal["forward", "backward", "optimizer"]
-Kind = Literal["parameter", "buffer", "input", "gradient", "saved", "temporary"]
+Kind = Literal["parameter", "buffer", "input", "gradient", "state", "saved", "temporary"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Allocation:
     """A storage, alive from the operation `first` to the operation `last`, both included.
 
     `saved_until` is the last forward operation that reads it, where autograd saves it; `needed`
-    are the backward operations that read it, in order.
+    are the backward operations that read it, in order. `input_of` are the kinds of the layers that
+    saved it as their input ("Conv2d"). What was there before the step, or will be after it, is
+    alive in all of it: parameters, buffers, the input, the optimizer's state.
     """
 
     n_bytes: int
@@ -52,6 +54,7 @@ class Allocation:
     layer: str
     saved_until: int | None = None
     needed: tuple[int, ...] = ()
+    input_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,19 @@ class StepTrace:
 
     operations: list[Operation]
     allocations: list[Allocation] = field(default_factory=list)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Return the bytes of the model, buffers included."""
+        return self._bytes_of("parameter", "buffer")
+
+    @property
+    def saved_bytes(self) -> int:
+        """Return the bytes that autograd saves, parameters left out."""
+        return self._bytes_of("saved")
+
+    def _bytes_of(self, *kinds: Kind) -> int:
+        return sum(each.n_bytes for each in self.allocations if each.kind in kinds)
 
     def live_bytes(self) -> list[int]:
         """Return the bytes alive during each operation."""
