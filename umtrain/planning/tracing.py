@@ -202,6 +202,10 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and note it; views and mere allocations are no operations."""
+        if self.phase == "forward":
+            # Autograd makes the node of an operation before it calls its kernel.
+            newest = torch.autograd._get_sequence_nr() - 1
+            self._layer_of_node.setdefault(newest, self._layer)
         result = func(*args, **(kwargs or {}))
         reads, writes = _tensors((args, kwargs)), _tensors(result)
         index = len(self._operations)
@@ -243,8 +247,6 @@ class _Recorder(TorchDispatchMode):
     def _current_layer(self) -> str:
         """Return the layer that runs; in backward, the one whose forward made the node."""
         if self.phase == "forward":
-            # VariableType makes the node of an operation before it calls its kernel.
-            self._layer_of_node[torch.autograd._get_sequence_nr() - 1] = self._layer
             return self._layer
         node = torch._C._current_autograd_node()
         return self._layer_of_node.get(node._sequence_nr(), "") if node is not None else ""
