@@ -253,7 +253,7 @@ def _train(
     torch.manual_seed(config.seed)
     pretrained = config.model.pretrained
     model = task.create_model(Path(pretrained).expanduser() if pretrained else None).to(device)
-    strategy = _create_strategy(config, device, run_dir if config.trace else None)
+    strategy = create_strategy(config, device, run_dir if config.trace else None)
     try:
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
@@ -333,7 +333,7 @@ def _prepared(
 
     Raises OutOfMemoryError, in the block too.
     """
-    strategy = _create_strategy(task.config, device, trace=None)
+    strategy = create_strategy(task.config, device, trace=None)
     try:
         with strategy.guard(), autocast(device, task.config.precision):
             sample = task.sample_input(device, input_dtype(task.config.precision))
@@ -344,7 +344,8 @@ def _prepared(
         strategy.close()
 
 
-def _create_strategy(config: RunConfig, device: torch.device, trace: Path | None) -> Strategy:
+def create_strategy(config: RunConfig, device: torch.device, trace: Path | None) -> Strategy:
+    """Return the configured memory strategy; `trace` is the folder of its timeline, if any."""
     options = {
         item.name: getattr(config.memory, item.name)
         for item in dataclasses.fields(config.memory)
@@ -418,7 +419,7 @@ def _maps(
     if task.config.approach == two_stage.NAME:
         return two_stage.cancer_maps(task, split, run_dir)
     return grad_cam_maps(
-        task, model, split, lambda: _create_strategy(task.config, device, trace=None)
+        task, model, split, lambda: create_strategy(task.config, device, trace=None)
     )
 
 

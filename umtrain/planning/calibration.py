@@ -7,6 +7,7 @@ out. What was measured is kept in a file under a name made of the processor, tor
 threads and the kernel, so that another machine or version measures its own.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,19 +24,23 @@ import psutil
 import torch
 from torch import Tensor
 
+from umtrain.device import cpu_has_bf16, device_name
 from umtrain.errors import ConfigError
-from umtrain.files import write_json
+from umtrain.files import cache_folder, write_json
 from umtrain.planning.profile import (
     ConvolutionSample,
     Migration,
     PassSample,
     Profile,
+    load_profile,
     profile_from_dict,
+    profile_names,
     profile_to_dict,
 )
 from umtrain.planning.step import Convolution, StepTrace
 
 _aten = torch.ops.aten
+_GENERIC_CPU = "generic_cpu"
 _VERSION = 1  # of what is measured: raised where another figure is added
 _N_TIMES = 3
 _LONG_S = 0.5  # an operation that takes longer is timed once
@@ -66,7 +71,6 @@ def machine_key(device: torch.device, device_title: str) -> str:
 
 def calibrated(
     device: torch.device,
-    device_title: str,
     folder: Path,
     steps: Callable[[], list[StepTrace]],
     *,
@@ -79,19 +83,52 @@ def calibrated(
     `steps` gives the traces whose convolutions are timed. `progress` is told how many of all
     measurements are done, and which is next. Raises ConfigError where `folder` cannot be written.
     """
-    path = folder / f"device-{machine_key(device, device_title)}.json"
+    title = device_name(device)
+    path = _path(folder, device, title)
     if path.exists() and not again:
-        try:
-            return profile_from_dict(json.loads(path.read_text(encoding="utf-8")), path)
-        except ValueError as error:
-            raise ConfigError(f"{path}: is damaged ({error}); delete it") from error
-    profile = calibrate(device, device_title, steps(), spill_dir=spill_dir, progress=progress)
+        return _read(path)
+    profile = calibrate(device, title, steps(), spill_dir=spill_dir, progress=progress)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, profile_to_dict(profile))
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from error
     return profile
+
+
+def local_profile(device: torch.device | str) -> Profile:
+    """Return this machine's profile without measuring anything.
+
+    What a calibration left, or else the named profile that is most like it: by the GPU's name,
+    by its memory where that is not known; two cores' where there is no GPU.
+    """
+    device = torch.device(device)
+    title = device_name(device)
+    path = _path(cache_folder(), device, title)
+    if path.exists():
+        return _read(path)
+    if device.type == "cpu":
+        host_bytes = psutil.virtual_memory().total
+        generic = load_profile(_GENERIC_CPU)
+        return dataclasses.replace(generic, device_bytes=host_bytes, host_bytes=host_bytes)
+    device_bytes = int(torch.cuda.mem_get_info()[1])
+    profiles = [load_profile(name) for name in profile_names()]
+    gpus = [p for p in profiles if p.kind == "cuda" and p.n_devices == 1]
+    known = [p for p in gpus if any(part in title for part in p.device_names)]
+    nearest = min(known or gpus, key=lambda p: abs(p.device_bytes - device_bytes))
+    host_bytes = psutil.virtual_memory().total
+    return dataclasses.replace(nearest, device_bytes=device_bytes, host_bytes=host_bytes)
+
+
+def _path(folder: Path, device: torch.device, title: str) -> Path:
+    return folder / f"device-{machine_key(device, title)}.json"
+
+
+def _read(path: Path) -> Profile:
+    try:
+        return profile_from_dict(json.loads(path.read_text(encoding="utf-8")), path)
+    except ValueError as error:
+        raise ConfigError(f"{path}: is damaged ({error}); delete it") from error
 
 
 def calibrate(
@@ -134,7 +171,7 @@ def calibrate(
         matrix_flops_per_s={dtype: _matrix_rate(dtype, device) for dtype in _TORCH_DTYPES},
         launch_s=_launch_s(device),
         migration=_migration(kind),
-        native_bf16=True,
+        native_bf16=kind == "cuda" or cpu_has_bf16(),
         first_touch_s_per_byte=memory.first_touch_s_per_byte,
         convolution_samples=tuple(convolutions),
         pass_samples=tuple(pass_samples),

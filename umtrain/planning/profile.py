@@ -77,6 +77,7 @@ class Profile:
     is a convolution's share of it by kind (`CONVOLUTIONS`), `backward_efficiency` the share of
     the forward speed that backward has; `pass_efficiency` (`PASSES`) is of
     `memory_bytes_per_s`. Samples, where a machine was calibrated, stand before all of these.
+    `device_names` are parts of the names that such a device gives itself.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Profile:
     n_devices: int = 1
     peer_bytes_per_s: float | None = None
     network_bytes_per_s: float | None = None
+    device_names: tuple[str, ...] = ()
     convolution_samples: tuple[ConvolutionSample, ...] = ()
     pass_samples: tuple[PassSample, ...] = ()
 
@@ -137,6 +139,7 @@ def profile_from_dict(values: dict[str, Any], path: Path) -> Profile:
                 "convolution_samples": tuple(
                     map(_convolution_sample, values.get("convolution_samples", ()))
                 ),
+                "device_names": tuple(values.get("device_names", ())),
                 "pass_samples": tuple(PassSample(**v) for v in values.get("pass_samples", ())),
             }
         )

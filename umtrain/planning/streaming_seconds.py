@@ -1,0 +1,77 @@
+"""Seconds of a streamed step: its convolutions, and the passes over maps beside them.
+
+A strip stays in the cache from one operation to the next, and what is done pixel by pixel is done
+in one pass, so a segment costs its convolution and what it reads and writes of whole maps. In
+forward those are its sources and its output, each once; in backward its sources and their gradients,
+the output's gradient and, where it is normalised, the output. Between them strips are made and
+read in the cache, at the speed of a pass over a small map.
+"""
+
+import math
+
+from umtrain.planning.profile import Profile
+from umtrain.planning.seconds import operation_seconds
+from umtrain.planning.step import Convolution, Operation, Phase
+from umtrain.streaming import operations
+from umtrain.streaming.plan import Plan
+from umtrain.streaming.program import Program, Segment
+from umtrain.streaming.schedule import Action
+
+_DTYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
+# Passes over each source and output map in an action, counted in umtrain/streaming/forward.py and
+# backward.py: an expression reads its sources and writes a strip; moments read a result and copy
+# it. In backward the strip is made again, the output's gradient is finished from what is stored
+# and the map, and what comes out is added to the gradients of the sources.
+_FORWARD_PASSES = {"source": 2.0, "output": 2.0}
+_BACKWARD_PASSES = {"source": 5.0, "output": 3.0}
+
+
+def streaming_seconds(program: Program, plan: Plan, profile: Profile) -> list[float]:
+    """Return the seconds of each action of a streamed step, what moves to host memory left out."""
+    return [_action_s(program, action, profile) for action in plan.schedule.actions]
+
+
+def _action_s(program: Program, action: Action, profile: Profile) -> float:
+    segment = program.segments[action.segment]
+    backward = action.kind == "backward"
+    passes = _BACKWARD_PASSES if backward else _FORWARD_PASSES
+    source_bytes = math.prod(segment.source_shape) * segment.source_dtype.itemsize
+    output_bytes = 0 if segment.out is None else program.maps[segment.out].n_bytes
+    moved = passes["source"] * source_bytes + passes["output"] * output_bytes
+    dtype = _DTYPES.get(segment.source_dtype.itemsize, "fp32")
+    traffic = Operation("add", segment.name, "forward", dtype, 0.0, int(moved / 2), int(moved / 2))
+    seconds = operation_seconds(traffic, profile)
+    if isinstance(segment.operation, operations.Convolution) and segment.out is not None:
+        phase: Phase = "backward" if backward else "forward"
+        seconds += operation_seconds(_convolution(program, segment, phase, dtype), profile)
+    return seconds
+
+
+def _convolution(program: Program, segment: Segment, phase: Phase, dtype: str) -> Operation:
+    assert isinstance(segment.operation, operations.Convolution)
+    assert segment.out is not None
+    a_map = program.maps[segment.out]
+    n_images, out_channels, *sides = a_map.shape
+    weight = segment.module.weight if segment.module is not None else None
+    kernel = tuple(weight.shape[2:]) if weight is not None else (1, 1)
+    in_channels = segment.source_shape[1]
+    shape = Convolution(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel=kernel,
+        stride=segment.operation.stride,
+        groups=segment.operation.groups,
+        output=(n_images, *sides),
+    )
+    source_bytes = math.prod(segment.source_shape) * segment.source_dtype.itemsize
+    twice = 2.0 if phase == "backward" and segment.sources != program.inputs else 1.0
+    return Operation(
+        name="convolution" if phase == "forward" else "convolution_backward",
+        layer=segment.name,
+        phase=phase,
+        dtype=dtype,
+        flops=twice * segment.flops,
+        read_bytes=source_bytes,
+        written_bytes=a_map.n_bytes,
+        convolution=shape,
+    )
