@@ -1,7 +1,8 @@
 """What one training step does, operation by operation: all that the planner knows of a network."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 Phase = Literal["forward", "backward", "optimizer"]
 Kind = Literal["parameter", "buffer", "input", "gradient", "state", "saved", "temporary"]
@@ -37,14 +38,25 @@ class Operation:
     convolution: Convolution | None = None
 
 
+class Save(NamedTuple):
+    """Autograd saves a storage before or in the operation `at`.
+
+    `layer_kind` is the kind of the layer that does ("Conv2d") if the tensor has the shape of its
+    input, else "".
+    """
+
+    at: int
+    layer_kind: str
+
+
 @dataclass(frozen=True)
 class Allocation:
     """A storage, alive from the operation `first` to the operation `last`, both included.
 
-    `saved_until` is the last forward operation that reads it, where autograd saves it; `needed`
-    are the backward operations that read it, in order. `input_of` are the kinds of the layers that
-    saved it as their input ("Conv2d"). What was there before the step, or will be after it, is
-    alive in all of it: parameters, buffers, the input, the optimizer's state.
+    `touched` are the operations that read or write it, in order. Where autograd saves it, `saves`
+    says when, and `saved_until` is the last forward operation that reads it. What was there
+    before the step, or will be after it, is alive in all of it: parameters, buffers, the input,
+    the optimizer's state.
     """
 
     n_bytes: int
@@ -52,9 +64,15 @@ class Allocation:
     first: int
     last: int
     layer: str
+    touched: tuple[int, ...] = ()
+    saves: tuple[Save, ...] = ()
     saved_until: int | None = None
-    needed: tuple[int, ...] = ()
-    input_of: tuple[str, ...] = ()
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """Return the operations after forward that touch it, if it is saved."""
+        until = self.saved_until
+        return () if until is None else tuple(i for i in self.touched if i > until)
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,11 @@ class StepTrace:
 
     operations: list[Operation]
     allocations: list[Allocation] = field(default_factory=list)
+
+    @cached_property
+    def n_forward(self) -> int:
+        """Return the number of operations before backward."""
+        return sum(operation.phase == "forward" for operation in self.operations)
 
     @property
     def parameter_bytes(self) -> int:

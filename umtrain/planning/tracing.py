@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from umtrain.errors import ConfigError
-from umtrain.memory.tensors import batch_arguments
+from umtrain.memory.tensors import batch_arguments, fake_like, fake_state, planned_device
 from umtrain.memory.working_set import leaf_modules
-from umtrain.planning.step import Allocation, Convolution, Kind, Operation, Phase, StepTrace
+from umtrain.planning.step import Allocation, Convolution, Kind, Operation, Phase, Save, StepTrace
 
 Loss = Callable[[Any], Tensor]
 
@@ -57,15 +57,14 @@ def trace_step(
     on the CPU. `precision` is fp32 or bf16 (autocast). `around` is entered first: a strategy
     that changes how the model runs. Raises ConfigError if the model cannot run without data.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    device = torch.device("cpu") if device.type == "meta" else device
+    device = planned_device(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder()
     try:
         with around or nullcontext():
-            state = _state_of(model, mode, device)
+            state = fake_state(model, mode, device)
             batch = tree_map_only(
-                Tensor, lambda x: _fake(x, mode, device), batch_arguments(sample_batch)
+                Tensor, lambda x: fake_like(x, mode, device), batch_arguments(sample_batch)
             )
             recorder.hold(state, batch)
             _run(model, state, batch, mode, recorder, _Setting(device, precision, loss))
@@ -84,19 +83,6 @@ class _Setting:
     device: torch.device
     precision: str
     loss: Loss
-
-
-def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
-    with mode:
-        fake = torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
-        )
-    return fake.requires_grad_(tensor.requires_grad)
-
-
-def _state_of(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> dict[str, Tensor]:
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name: _fake(tensor, mode, device) for name, tensor in named}
 
 
 def _run(
@@ -135,9 +121,9 @@ class _Storage:
     kind: Kind
     first: int
     layer: str
-    last_forward_read: int | None = None
-    needed: list[int] = field(default_factory=list)
-    input_of: dict[str, None] = field(default_factory=dict)
+    last_forward: int = 0
+    touched: list[int] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
 
 
 class _Recorder(TorchDispatchMode):
@@ -210,10 +196,11 @@ class _Recorder(TorchDispatchMode):
         reads, writes = _tensors((args, kwargs)), _tensors(result)
         index = len(self._operations)
         if self._is_computed(func, reads, writes):
-            self._note_reads(reads, index)
             self._operations.append(self._operation(func, args, kwargs or {}, result))
         for tensor in writes:
             self._watch(tensor, "temporary", index)
+        if index < len(self._operations):
+            self._note_touches((*reads, *writes), index)
         return result
 
     def _is_computed(self, func: Any, reads: list[Tensor], writes: list[Tensor]) -> bool:
@@ -251,15 +238,13 @@ class _Recorder(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         return self._layer_of_node.get(node._sequence_nr(), "") if node is not None else ""
 
-    def _note_reads(self, tensors: Iterable[Tensor], index: int) -> None:
+    def _note_touches(self, tensors: Iterable[Tensor], index: int) -> None:
         for identity in {_identity(tensor) for tensor in tensors}:
             storage = self._alive.get(identity)
-            if storage is None:
-                continue
-            if self.phase == "forward":
-                storage.last_forward_read = index
-            else:
-                storage.needed.append(index)
+            if storage is not None:
+                storage.touched.append(index)
+                if self.phase == "forward":
+                    storage.last_forward = index
 
     def _watch(self, tensor: Tensor, kind: Kind, first: int = 0) -> None:
         """Know `tensor`'s storage from now on. See Note: [When a storage dies]."""
@@ -277,7 +262,6 @@ class _Recorder(TorchDispatchMode):
         if storage.n_bytes == 0 or storage.first >= len(self._operations):
             return
         is_saved = storage.kind == "saved"
-        until = storage.last_forward_read
         self._allocations.append(
             Allocation(
                 n_bytes=storage.n_bytes,
@@ -285,9 +269,9 @@ class _Recorder(TorchDispatchMode):
                 first=storage.first,
                 last=last,
                 layer=storage.layer,
-                saved_until=max(storage.first, until or 0) if is_saved else None,
-                needed=tuple(storage.needed) if is_saved else (),
-                input_of=tuple(storage.input_of),
+                touched=tuple(storage.touched),
+                saves=tuple(storage.saves),
+                saved_until=max(storage.first, storage.last_forward) if is_saved else None,
             )
         )
 
@@ -296,8 +280,8 @@ class _Recorder(TorchDispatchMode):
         if storage is not None and storage.kind in ("temporary", "input", "saved"):
             if storage.kind == "temporary":
                 storage.kind = "saved"
-            if tensor.shape in self._input_shapes:
-                storage.input_of[self._kind] = None
+            layer_kind = self._kind if tensor.shape in self._input_shapes else ""
+            storage.saves.append(Save(len(self._operations), layer_kind))
         return tensor.detach()
 
     def _make_enter(self, name: str) -> Any:
