@@ -57,6 +57,35 @@ COMMANDS = {
         ("umtrain eval", "umtrain eval run=runs/night split=val"),
         False,
     ),
+    "plan": Command(
+        "umtrain plan [res=N[,N…]] [memory=STRATEGY|all] [device=auto|cpu|cuda|PROFILE] "
+        "[calibrate=true] [out=DIR] [key=value …]",
+        "predict memory, traffic and time of each strategy, without training or data",
+        "Needs no manifest; with one it says what an epoch takes. This machine is measured once, "
+        "in about half a minute, and the figures are kept; calibrate=true measures again. "
+        "device= also takes a profile of another machine; dataset.aspect any shape of slide. "
+        "Several values of res, or out=DIR, write plan.json and plan.png.\n"
+        f"Profiles: {', '.join(group_options('device_profile'))}",
+        (
+            "umtrain plan res=4096",
+            "umtrain plan res=1024,2048,4096,8192 device=a100_80gb precision=bf16",
+            "umtrain plan res=100000 dataset.aspect=0.5 device=v100_node memory=stream",
+        ),
+        True,
+    ),
+    "limits": Command(
+        "umtrain limits [of=res|batch_size] [measure=true] [memory=STRATEGY|all] "
+        "[device=auto|cpu|cuda|PROFILE] [memory.device_budget=2GiB] [out=DIR] [key=value …]",
+        "find the largest res or batch that fits, per strategy",
+        "By prediction, or with measure=true by real steps on this machine, each try a process of "
+        "its own. Writes limits.json and limits.png.",
+        (
+            "umtrain limits memory.device_budget=2GiB",
+            "umtrain limits of=batch_size res=512 model=resnet101 device=v100_32gb",
+            "umtrain limits measure=true memory=lms memory.device_budget=1GiB",
+        ),
+        True,
+    ),
     "report": Command(
         "umtrain report RUN [RUN …] [out=DIR]",
         "make the page of a run or a sweep again; compare several runs",

@@ -44,14 +44,22 @@ _NEAR = 0.05  # of a power of two: closer than this there is nothing to tell apa
 def operation_seconds(operation: Operation, profile: Profile) -> float:
     """Return the seconds that `operation` takes on a device of `profile`, its launch included.
 
+    A GPU computes while the next kernel is launched: there an operation takes the longer of both.
     Its memory has been touched before: fresh pages cost `first_touch_s_per_byte` on top.
     """
+    kernel_s = _kernel_s(operation, profile)
+    if profile.kind == "cuda":
+        return max(profile.launch_s, kernel_s)
+    return profile.launch_s + kernel_s
+
+
+def _kernel_s(operation: Operation, profile: Profile) -> float:
     if operation.convolution is not None:
-        return profile.launch_s + _convolution_s(operation, operation.convolution, profile)
+        return _convolution_s(operation, operation.convolution, profile)
     n_bytes = operation.read_bytes + operation.written_bytes
     traffic_s = _pass_s(pass_kind(operation.name), operation.dtype, n_bytes, profile)
     arithmetic_s = operation.flops / _matrix_flops_per_s(operation.dtype, profile)
-    return profile.launch_s + max(traffic_s, arithmetic_s)
+    return max(traffic_s, arithmetic_s)
 
 
 def pass_kind(name: str) -> str:

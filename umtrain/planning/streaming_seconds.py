@@ -1,10 +1,8 @@
 """Seconds of a streamed step: its convolutions, and the passes over maps beside them.
 
 A strip stays in the cache from one operation to the next, and what is done pixel by pixel is done
-in one pass, so a segment costs its convolution and what it reads and writes of whole maps. In
-forward those are its sources and its output, each once; in backward its sources and their gradients,
-the output's gradient and, where it is normalised, the output. Between them strips are made and
-read in the cache, at the speed of a pass over a small map.
+in one pass. So a segment costs its convolution, and reading and writing maps as often as the
+tables below say.
 """
 
 import math
