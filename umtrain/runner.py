@@ -26,6 +26,8 @@ from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import group_rows, make_groups
 from umtrain.memory.working_set import measure_working_sets
+from umtrain.planning.host import Readers, check_run
+from umtrain.planning.subject import Subject
 from umtrain.report import html
 from umtrain.report.record import Record, environment, read_record, write_record
 from umtrain.report.tables import group_table, run_table
@@ -41,6 +43,7 @@ from umtrain.tasks import AnyManifest, Row, Task
 from umtrain.training import Trainer, autocast, inference, input_dtype
 
 _N_SHOWN = 20
+_OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # numbers for each parameter
 
 
 def fit(config: RunConfig, console: Console) -> Path:
@@ -257,6 +260,7 @@ def _train(
     try:
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
+        _check_room(task, model, strategy)
         with strategy.guard():
             draw = _overlays(task, model, device, run_dir, console, logger)
             trainer = Trainer(task, model, strategy, device, run_dir, console, logger, draw)
@@ -276,6 +280,16 @@ def _train(
             record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
     finally:
         strategy.close()
+
+
+def _check_room(task: Task, model: nn.Module, strategy: Strategy) -> None:
+    """Refuse a run that surely has not the memory it needs; raises OutOfMemoryError."""
+    config = task.config
+    sample = task.sample_input(torch.device("meta"), input_dtype(config.precision))
+    n_states = _OPTIMIZER_STATES[config.optim.name]
+    subject = Subject(model, sample, config.precision, n_states=n_states)
+    readers = Readers(config.dataset.workers, batch_bytes=sample.numel())
+    check_run(subject, strategy.name, strategy.options, readers)
 
 
 def _overlays(

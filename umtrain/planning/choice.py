@@ -1,13 +1,15 @@
 """The strategy that memory=auto takes: the fastest by prediction that surely fits."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from umtrain.errors import OutOfMemoryError
 from umtrain.memory.options import Options
-from umtrain.planning.predict import Prediction, predict
+from umtrain.planning.predict import Prediction, estimate, predict
 from umtrain.planning.profile import Profile
+from umtrain.planning.strategies import STREAM
 from umtrain.planning.subject import Subject
 from umtrain.units import format_bytes
 
@@ -15,10 +17,12 @@ from umtrain.units import format_bytes
 MARGIN = 0.85
 # A prediction of time is that sure: a strategy further down the list has to promise more than this.
 _CLEARLY_FASTER = 0.9
+# They do all that vanilla does, and more.
+_NEVER_FASTER = ("checkpoint", "lms", "um_group_prefetch")
 # Simplest first, which breaks ties.
 CANDIDATES = {
     "cpu": ("vanilla", "stream", "checkpoint", "um_group_prefetch", "lms"),
-    "cuda": ("vanilla", "stream", "checkpoint", "um_group_prefetch", "lms"),
+    "cuda": ("vanilla", "stream", "checkpoint", "lms"),
 }
 
 
@@ -35,9 +39,7 @@ class Choice:
         """Return what memory=auto says: what, and why not the others."""
         chosen = self.prediction
         facts = f"predicted {_seconds(chosen)} a step and {_size(chosen.device_peak_bytes)}"
-        return (
-            f"{chosen.strategy}, {facts} of {format_bytes(self.limit_bytes)}; {self._others()}"
-        )
+        return f"{chosen.strategy}, {facts} of {format_bytes(self.limit_bytes)}; {self._others()}"
 
     def _others(self) -> str:
         others = [each for each in self.considered if each is not self.prediction]
@@ -62,17 +64,33 @@ def choose(
     model cannot run without data.
     """
     names = CANDIDATES[profile.kind] if candidates is None else tuple(candidates)
-    careful = dataclasses.replace(
-        profile,
-        device_bytes=int(MARGIN * profile.device_bytes),
-        host_bytes=int(MARGIN * profile.host_bytes),
-    )
-    considered = tuple(predict(subject, name, careful, options) for name in names)
-    fitting = [each for each in considered if each.fits and each.step_s is not None]
     limit_bytes = options.device_budget_bytes or profile.device_bytes
+    considered: list[Prediction] = []
+    for name in names:
+        if name in _NEVER_FASTER and any(
+            each.fits for each in considered if each.strategy == "vanilla"
+        ):
+            continue
+        considered.append(estimate(subject, name, *_with_margin(name, profile, options)))
+    fitting = [each for each in considered if each.fits and each.step_s is not None]
     if not fitting:
-        raise OutOfMemoryError(_least_text(considered, limit_bytes, options))
-    return Choice(_fastest(fitting), considered, limit_bytes)
+        known = [predict(subject, name, profile, options) for name in names]
+        raise OutOfMemoryError(_least_text(known, limit_bytes, options))
+    return Choice(_fastest(fitting), tuple(considered), limit_bytes)
+
+
+def _with_margin(name: str, profile: Profile, options: Options) -> tuple[Profile, Options]:
+    """Leave a part of the memory out, but for streaming, which keeps to what it is given."""
+    host_bytes = int(MARGIN * profile.host_bytes)
+    if name == STREAM:
+        return dataclasses.replace(profile, host_bytes=host_bytes), options
+    careful = dataclasses.replace(
+        profile, device_bytes=int(MARGIN * profile.device_bytes), host_bytes=host_bytes
+    )
+    if options.device_budget_bytes is None:
+        return careful, options
+    budget_bytes = int(MARGIN * options.device_budget_bytes)
+    return careful, dataclasses.replace(options, device_budget_bytes=budget_bytes)
 
 
 def _fastest(fitting: Sequence[Prediction]) -> Prediction:
@@ -94,12 +112,18 @@ def _least_text(considered: Sequence[Prediction], limit_bytes: int, options: Opt
     start = f"memory=auto: no strategy fits in {format_bytes(limit_bytes)} ({what})"
     if not known:
         return f"{start}; lower res or batch_size"
-    least = min(known, key=lambda each: each.least_budget_bytes or 0)
+    least = min(known, key=_least_bytes)
+    needed = format_bytes(_least_bytes(least))
     return (
-        f"{start}; {least.strategy} needs the least, predicted "
-        f"{format_bytes(least.least_budget_bytes or 0)}: raise the budget to that, or lower res "
-        "or batch_size"
+        f"{start}; {least.strategy} needs the least, predicted {needed}: give it that, or lower "
+        "res or batch_size"
     )
+
+
+def _least_bytes(prediction: Prediction) -> int:
+    """Return the least that the strategy is chosen with, the margin in it."""
+    least = prediction.least_budget_bytes or 0
+    return least if prediction.strategy == STREAM else math.ceil(least / MARGIN)
 
 
 def _seconds(prediction: Prediction) -> str:

@@ -38,7 +38,7 @@ class Heap:
         self._by_size: list[tuple[int, int]] = []  # (size, offset) of holes
         self._end_of: dict[int, int] = {}  # offset of a hole: its end
         self._start_of: dict[int, int] = {}  # end of a hole: its offset
-        self._taken: dict[int, tuple[int, int]] = {}
+        self.places: dict[int, tuple[int, int]] = {}
         self._mapped: dict[int, int] = {}
         self._mapped_bytes = 0
         self.end_bytes = 0
@@ -69,13 +69,13 @@ class Heap:
         else:
             offset = self.end_bytes
             self.end_bytes += size_bytes + ALIGNMENT_BYTES
-        self._taken[buffer] = offset, offset + size_bytes
+        self.places[buffer] = offset, offset + size_bytes
 
     def _free(self, buffer: int) -> None:
         if buffer in self._mapped:
             self._mapped_bytes -= self._mapped.pop(buffer)
             return
-        start, end = self._taken.pop(buffer)
+        start, end = self.places.pop(buffer)
         if end in self._end_of:
             end = self._remove(end)
         if start in self._start_of:

@@ -1,8 +1,8 @@
 """Unified memory, played through: pages that come on demand, in groups, or ahead of use.
 
 Saved tensors are on pages; all else stays. Whoever needs room takes it from the block that was
-touched longest ago. On demand compute waits for every page, fault batch by fault batch; a group that
-is paged in whole comes at the link's speed; what is prefetched comes beside compute.
+touched longest ago. On demand compute waits for every page, fault batch by fault batch; a group
+that is paged in whole comes at the link's speed; what is prefetched comes beside compute.
 """
 
 from collections import OrderedDict
@@ -60,9 +60,9 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Grouped:
-    """Groups of the forward pass: `of_layer` by name, -1 for none before; how many are ahead.
+    """The group of each operation, -1 before the first, and how many are asked for ahead.
 
-    `n_ahead` is None where groups are paged in whole when backward enters them, not before.
+    `n_ahead` is None where groups are paged in when backward enters them, not before.
     """
 
     of_operation: Sequence[int]
@@ -115,6 +115,7 @@ class Pager:
         self._ending = self._by_position(lambda a: (a.last,))
         self._last_group = -1
         self._held_bytes = 0
+        self._tail_bytes = self._bytes_from_each_group()
 
     def run(self, seconds: Sequence[float]) -> Migrations:
         """Return what moves in a step whose operations take `seconds`."""
@@ -184,11 +185,16 @@ class Pager:
         room_bytes = self._room_bytes[position]
         for index, block in enumerate(self._blocks):
             is_left = block.is_written and block.group < group and block.group >= 0
-            if is_left and self._tail_bytes(block.group) > room_bytes:
+            if is_left and self._tail_bytes[block.group] > room_bytes:
                 self._evict({index: self._table.drop(index)}, waits=False)
 
-    def _tail_bytes(self, group: int) -> int:
-        return sum(b.allocation.n_bytes for b in self._blocks if b.group >= group)
+    def _bytes_from_each_group(self) -> dict[int, int]:
+        """Return the bytes saved by each group and all groups after it."""
+        total, found = 0, {}
+        for block in sorted(self._blocks, key=lambda b: -b.group):
+            total += block.allocation.n_bytes
+            found[block.group] = total
+        return found
 
     def _page_in(self, group: int, position: int) -> None:
         """Bring a group in and wait for it."""

@@ -1,6 +1,6 @@
 """Predict what a training step takes under a memory strategy: memory, traffic, seconds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.memory.options import Options
@@ -43,6 +43,16 @@ def predict(subject: Subject, strategy: str, profile: Profile, options: Options)
     memory likewise. A strategy that cannot run the model is predicted not to fit, with the
     reason. Raises ConfigError if the model cannot run without data.
     """
+    prediction = estimate(subject, strategy, profile, options)
+    is_known = prediction.device_peak_bytes is not None or prediction.least_budget_bytes is not None
+    if strategy == STREAM and is_known:
+        least = least_stream_bytes(Setting(subject, profile, options))
+        return replace(prediction, least_budget_bytes=least)
+    return prediction
+
+
+def estimate(subject: Subject, strategy: str, profile: Profile, options: Options) -> Prediction:
+    """Return what `predict` does, but for the least budget of streaming, which takes long."""
     subject.trace()
     setting = Setting(subject, profile, options)
     try:
@@ -96,7 +106,6 @@ def _streamed(setting: Setting) -> Prediction:
         compute_s=planned.compute_s,
         copy_or_fault_s=planned.stall_s,
         step_s=planned.compute_s + planned.stall_s,
-        least_budget_bytes=planned.least_bytes,
     )
 
 

@@ -1,8 +1,8 @@
 """From a step's buffers to the peak of device memory, as the meters count it.
 
-Without a GPU that is the resident set over what the process held before the model: the heap with its
-holes where freed buffers are used again, what is alive where a budget has them given back. On a
-GPU it is what torch's allocator has handed out.
+Without a GPU that is the resident set over what the process held before the model: the heap with
+its holes where freed buffers are used again, what is alive where a budget has them given back.
+On a GPU it is what torch's allocator has handed out.
 """
 
 import statistics
@@ -37,9 +37,7 @@ def device_peak_bytes(usage: Usage, profile: Profile, *, is_budgeted: bool) -> i
 def least_bytes(usage: Usage, profile: Profile) -> int:
     """Return the least budget that the usage fits in: what is alive, and nothing more."""
     process_bytes = PROCESS_BYTES if profile.kind == "cpu" else 0
-    return (
-        resident_bytes(usage.trace) + max(live_bytes(usage, profile), default=0) + process_bytes
-    )
+    return resident_bytes(usage.trace) + max(live_bytes(usage, profile), default=0) + process_bytes
 
 
 def live_bytes(usage: Usage, profile: Profile) -> list[int]:

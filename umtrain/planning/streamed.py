@@ -29,7 +29,6 @@ class Streamed:
     """A streamed step: peak memory, traffic and seconds."""
 
     device_peak_bytes: int
-    least_bytes: int
     host_peak_bytes: int
     moved_bytes: int
     compute_s: float
@@ -61,17 +60,15 @@ def plan_stream(setting: Setting) -> Streamed:
     arena_bytes = _arena_bytes(setting)
     compiled = _compile(setting, arena_bytes)
     plans = [part.plan for part in compiled]
-    profile, kind = setting.profile, setting.profile.kind
+    profile = setting.profile
     others = _beside_maps_bytes(setting)
     compute_s = sum(sum(streaming_seconds(c.program, c.plan, profile)) for c in compiled)
     moved_bytes = int(sum(plan.moved_bytes for plan in plans))
     link_s = moved_bytes / _WAYS / profile.out_bytes_per_s
     link_s += moved_bytes / _WAYS / profile.in_bytes_per_s
     peak_bytes = sum(plan.arena_bytes for plan in plans) + others
-    least = peak_bytes if not moved_bytes and kind == "cuda" else least_stream_bytes(setting)
     return Streamed(
         device_peak_bytes=peak_bytes,
-        least_bytes=min(least, setting.limit_bytes),
         host_peak_bytes=sum(plan.host_bytes for plan in plans),
         moved_bytes=moved_bytes,
         compute_s=compute_s,

@@ -14,13 +14,14 @@ from umtrain.memory.working_set import WorkingSets, measure_working_sets
 from umtrain.planning.profile import Profile
 from umtrain.planning.seconds import operation_seconds
 from umtrain.planning.step import StepTrace
-from umtrain.planning.tracing import Loss, mean_square, trace_step
+from umtrain.planning.tracing import ADAM_STATES, Loss, mean_square, trace_step
 
 
 @dataclass
 class Subject:
     """What is planned: a step of `model` on a batch like `sample_batch`, in fp32 or bf16.
 
+    The optimizer holds `n_states` numbers for each parameter: AdamW 2, SGD with momentum 1.
     Raises ConfigError, from its methods, for a model that cannot run without data.
     """
 
@@ -28,6 +29,7 @@ class Subject:
     sample_batch: Any
     precision: str
     loss: Loss = mean_square
+    n_states: int = ADAM_STATES
     _traces: dict[tuple[object, ...], StepTrace] = field(default_factory=dict, repr=False)
     _seconds: dict[tuple[int, str], list[float]] = field(default_factory=dict, repr=False)
     _measured: WorkingSets | None = field(default=None, repr=False)
@@ -51,6 +53,7 @@ class Subject:
                 self.sample_batch,
                 precision=self.precision,
                 loss=self.loss,
+                n_states=self.n_states,
                 around=around,
             )
         return self._traces[key]

@@ -31,8 +31,9 @@ from umtrain.planning.step import Allocation, Convolution, Kind, Operation, Phas
 Loss = Callable[[Any], Tensor]
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-# AdamW reads weight, gradient and two moments, and writes all but the gradient.
-_ADAM_STATES, _ADAM_READS, _ADAM_WRITES = 2, 4, 3
+# An update reads weight, gradient and its own state, and writes all but the gradient.
+ADAM_STATES = 2
+_OTHER_READS, _OTHER_WRITES = 2, 1
 
 
 def mean_square(output: Any) -> Tensor:
@@ -48,13 +49,15 @@ def trace_step(
     *,
     precision: str,
     loss: Loss = mean_square,
+    n_states: int = ADAM_STATES,
     around: AbstractContextManager[Any] | None = None,
 ) -> StepTrace:
-    """Return what a step of forward, backward and fused AdamW does.
+    """Return what a step of forward, backward and a fused update does.
 
     `sample_batch` is the model's input, or the tuple of its inputs; only shapes, dtypes and strides
     count, so tensors may be on "meta", as may the model be; both are traced where the model is, or
-    on the CPU. `precision` is fp32 or bf16 (autocast). `around` is entered first: a strategy
+    on the CPU. `precision` is fp32 or bf16 (autocast); the optimizer holds `n_states` numbers for
+    each parameter. `around` is entered first: a strategy
     that changes how the model runs. Raises ConfigError if the model cannot run without data.
     """
     device = planned_device(model)
@@ -68,7 +71,7 @@ def trace_step(
             )
             recorder.hold(state, batch)
             _run(model, state, batch, mode, recorder, _Setting(device, precision, loss))
-            recorder.finish(state)
+            recorder.finish(state, n_states)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -165,7 +168,7 @@ class _Recorder(TorchDispatchMode):
         """Let what follows belong to no layer."""
         self._layer, self._kind = "", ""
 
-    def finish(self, state: dict[str, Tensor]) -> None:
+    def finish(self, state: dict[str, Tensor], n_states: int) -> None:
         """Add the update; what is alive now outlives the step."""
         gradients = [p.grad for p in state.values() if p.grad is not None]
         for gradient in gradients:
@@ -174,7 +177,7 @@ class _Recorder(TorchDispatchMode):
                 storage.kind = "gradient"
         learned_bytes = sum(g.numel() * g.element_size() for g in gradients)
         if gradients:
-            self._add_update(gradients[0].dtype, learned_bytes)
+            self._add_update(gradients[0].dtype, learned_bytes, n_states)
         for finalizer in self._watches.values():
             finalizer.detach()
         for identity in list(self._alive):
@@ -294,19 +297,20 @@ class _Recorder(TorchDispatchMode):
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._input_shapes = frozenset()
 
-    def _add_update(self, dtype: torch.dtype, learned_bytes: int) -> None:
+    def _add_update(self, dtype: torch.dtype, learned_bytes: int, n_states: int) -> None:
         operation = Operation(
             name="_fused_adamw_",
             layer="",
             phase="optimizer",
             dtype=_DTYPES.get(dtype, str(dtype)),
             flops=0.0,
-            read_bytes=_ADAM_READS * learned_bytes,
-            written_bytes=_ADAM_WRITES * learned_bytes,
+            read_bytes=(_OTHER_READS + n_states) * learned_bytes,
+            written_bytes=(_OTHER_WRITES + n_states) * learned_bytes,
         )
         self._operations.append(operation)
-        state = Allocation(_ADAM_STATES * learned_bytes, "state", 0, len(self._operations) - 1, "")
-        self._allocations.append(state)
+        last = len(self._operations) - 1
+        if n_states:
+            self._allocations.append(Allocation(n_states * learned_bytes, "state", 0, last, ""))
 
 
 def _convolution(name: str, args: Any, result: Any) -> Convolution | None:
