@@ -12,10 +12,11 @@ from umtrain.console import Console
 from umtrain.device import resolve_device
 from umtrain.errors import ConfigError, RunError
 from umtrain.files import write_json
+from umtrain.memory.options import Options
 from umtrain.plan_command import RUNS, Request, parse, text_of_bytes, text_of_seconds
 from umtrain.plan_subject import Planned, resolve_profile
-from umtrain.planning.calibration import local_profile
 from umtrain.planning.limits import largest
+from umtrain.planning.machine import free_profile
 from umtrain.planning.predict import Prediction, predict
 from umtrain.planning.profile import Profile
 from umtrain.report.plots_plan import limits_plot
@@ -76,7 +77,7 @@ def limits(words: list[str], console: Console) -> int:
             "profile of another one"
         )
     if measure:
-        profile = local_profile(resolve_device(request.words.device))
+        profile = free_profile(Options.parse(device=resolve_device(request.words.device).type))
         found = _measured(request, axis, console)
     else:
         profile = resolve_profile(request.words.device, console, again=request.again)
@@ -153,6 +154,7 @@ def _measured_limit(request: Request, strategy: str, axis: Axis, console: Consol
     fixed = [*request.words.overrides, f"memory={strategy}", f"device={request.words.device}"]
 
     def fits(value: int) -> bool:
+        console.say(f"{strategy} {axis.key}={value}: training {_N_STEPS} steps")
         started_s = time.monotonic()
         seen[value] = outcome = run_trial([*fixed, f"{axis.key}={value}"], _N_STEPS)
         took = text_of_seconds(time.monotonic() - started_s)

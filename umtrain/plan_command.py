@@ -129,9 +129,10 @@ def _predict(planned: Planned, strategy: str) -> Prediction:
 def _auto(planned: Planned) -> str:
     """Return the line that memory=auto would say."""
     try:
-        return choose(planned.subject, planned.profile, planned.options).sentence
+        choice = choose(planned.subject, planned.profile, planned.options)
+        return f"memory=auto: {choice.sentence}"
     except OutOfMemoryError as error:
-        return f"memory=auto would refuse: {error}"
+        return f"{error}"
 
 
 @dataclass(frozen=True)

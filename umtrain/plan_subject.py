@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +19,9 @@ from umtrain.data.manifest import Kind, read_manifest
 from umtrain.device import resolve_device
 from umtrain.errors import ConfigError
 from umtrain.files import cache_folder
-from umtrain.memory.available import available_bytes
 from umtrain.memory.options import Options
 from umtrain.planning.calibration import calibrated
+from umtrain.planning.machine import free_profile
 from umtrain.planning.profile import Profile, load_profile
 from umtrain.planning.step import StepTrace
 from umtrain.planning.subject import Subject
@@ -117,19 +117,15 @@ def resolve_profile(
         return load_profile(name)
     device = resolve_device(name)
     with _progress(console) as progress:
-        profile = calibrated(
+        calibrated(
             device, cache_folder(), timed_steps, spill_dir=spill_dir, again=again, progress=progress
         )
-    host_bytes = available_bytes()
-    free_bytes = torch.cuda.mem_get_info()[0] if device.type == "cuda" else host_bytes
-    return dataclasses.replace(profile, device_bytes=free_bytes, host_bytes=host_bytes)
+    return free_profile(Options.parse(device=device.type, spill_dir=spill_dir))
 
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Any]:
     """Say that something is measured, once it is."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         bars: list[Any] = []
 

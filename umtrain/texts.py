@@ -130,6 +130,12 @@ COMMANDS = {
     ),
 }
 
+_PLAN_VALUES = {
+    "of": ("res", "batch_size"),
+    "measure": ("true", "false"),
+    "calibrate": ("true", "false"),
+}
+
 
 def overview() -> str:
     """Return the text of `umtrain --help`."""
@@ -185,6 +191,8 @@ def completion_script() -> str:
     keys = [f"{key}=" for key in (*GROUPS, *schema_keys())]
     values: dict[str, Any] = {group: group_options(group) for group in GROUPS} | CHOICES
     values |= {key: ("true", "false") for key, item in schema_keys().items() if item.type is bool}
+    values |= _PLAN_VALUES
+    profiles = " ".join(group_options("device_profile"))
     cases = "\n".join(f"    {key}) words='{' '.join(v)}' ;;" for key, v in values.items())
     # Bash splits words at "=": the key of the value being typed is one or two words back.
     return f"""# bash completion of umtrain
@@ -203,6 +211,12 @@ _umtrain() {{
     "") words='{" ".join(keys)}'; compopt -o nospace ;;
 {cases}
     *) COMPREPLY=($(compgen -f -- "$current")); return ;;
+  esac
+  case "${{COMP_WORDS[1]}}:$key" in
+    plan:) words="$words calibrate= out=" ;;
+    limits:) words="$words of= measure= calibrate= out=" ;;
+    plan:device|limits:device) words="$words {profiles}" ;;
+    plan:memory|limits:memory) words="$words all" ;;
   esac
   COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}
