@@ -141,10 +141,13 @@ class Stream(Strategy):
         if left_bytes is None:
             is_cuda = self.options.device == "cuda"
             left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else available_bytes()
+        return maps_bytes(left_bytes, self.options.device_budget_bytes) - self._other_bytes()
+
+    def _other_bytes(self) -> int:
+        """Return the bytes of gradients, optimizer state, weights in bf16 and strips."""
         gradients = sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
         others = other_bytes(model_bytes(self._model), gradients)
-        strips = strips_bytes(self.options.device, self._strip_bytes)
-        return maps_bytes(left_bytes, self.options.device_budget_bytes) - others - strips
+        return others + strips_bytes(self.options.device, self._strip_bytes)
 
     def _least_text(self, error: OutOfMemoryError) -> str:
         budget = self.options.device_budget_bytes or 0

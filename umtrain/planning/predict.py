@@ -10,6 +10,7 @@ from umtrain.planning.strategies import PLANNERS, STREAM, Setting
 from umtrain.planning.streamed import least_stream_bytes, plan_stream
 from umtrain.planning.subject import Subject
 from umtrain.planning.usage import Usage
+from umtrain.streaming.building import UnstreamableError
 from umtrain.units import format_bytes
 
 
@@ -59,7 +60,7 @@ def estimate(subject: Subject, strategy: str, profile: Profile, options: Options
         if strategy == STREAM:
             return _streamed(setting)
         return _judged(setting, strategy, PLANNERS[strategy](setting))
-    except ConfigError as error:
+    except (ConfigError, UnstreamableError) as error:
         return Prediction(strategy, fits=False, why=str(error))
 
 

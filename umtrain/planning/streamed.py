@@ -1,7 +1,7 @@
 """memory=stream, planned by the engine's own plans: its arena is the step's peak, exactly."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,13 +12,14 @@ from umtrain.memory.tensors import batch_arguments
 from umtrain.planning.residence import PROCESS_BYTES
 from umtrain.planning.step import StepTrace
 from umtrain.planning.strategies import Setting
-from umtrain.planning.streaming_seconds import streaming_seconds
+from umtrain.planning.streaming_seconds import beside_streaming_seconds, streaming_seconds
 from umtrain.planning.usage import resident_bytes
 from umtrain.streaming.module import Streamer
 from umtrain.streaming.plan import NoPlanError
 from umtrain.streaming.running import Settings
 from umtrain.streaming.storage import HostBlock, HostMemory
 
+_N_ROUNDS = 12  # each leaves about an eighth of what was missing
 _WAYS = 2  # what is put out comes back: half of the traffic each way
 # What of the strips that a plan makes room for is alive at once, in a step of ResNet-50.
 _SHARE_OF_STRIPS = 0.5
@@ -63,6 +64,7 @@ def plan_stream(setting: Setting) -> Streamed:
     profile = setting.profile
     others = _beside_maps_bytes(setting)
     compute_s = sum(sum(streaming_seconds(c.program, c.plan, profile)) for c in compiled)
+    compute_s += beside_streaming_seconds(setting.subject.trace(), profile)
     moved_bytes = int(sum(plan.moved_bytes for plan in plans))
     link_s = moved_bytes / _WAYS / profile.out_bytes_per_s
     link_s += moved_bytes / _WAYS / profile.in_bytes_per_s
@@ -78,17 +80,33 @@ def plan_stream(setting: Setting) -> Streamed:
 
 
 def least_stream_bytes(setting: Setting) -> int:
-    """Return the least budget that streaming runs in."""
+    """Return the least budget that streaming runs in.
+
+    Strips are a share of the budget, so it is found where a budget and what it has to hold meet.
+    """
+    arena_bytes = _least_arena_bytes(setting)
+    budget_bytes = 0
+    for _ in range(_N_ROUNDS):
+        tried = replace(setting, options=replace(setting.options, device_budget_bytes=budget_bytes))
+        budget_bytes = _budget_for(tried, arena_bytes)
+    return budget_bytes
+
+
+def _least_arena_bytes(setting: Setting) -> int:
     try:
         _compile(setting, 1)
     except OutOfMemoryError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, NoPlanError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        return cause.missing_bytes + 1 + _reserved_bytes(setting)
-    return _reserved_bytes(setting)
+        if isinstance(error, NoPlanError):
+            return error.missing_bytes + 1
+        raise
+    return 0
+
+
+def _budget_for(setting: Setting, arena_bytes: int) -> int:
+    """Return the budget whose part for maps is `arena_bytes`, with strips of the setting's size."""
+    trace, budget_bytes = setting.subject.trace(), setting.limit_bytes
+    needed_bytes = trace.parameter_bytes + arena_bytes + _still_to_come_bytes(setting, trace)
+    return needed_bytes + budget_bytes - maps_bytes(budget_bytes, budget_bytes)
 
 
 def _compile(setting: Setting, arena_bytes: int) -> Any:
@@ -119,12 +137,6 @@ def _arena_bytes(setting: Setting) -> int:
     trace, budget_bytes = setting.subject.trace(), setting.options.device_budget_bytes
     left_bytes = setting.limit_bytes - trace.parameter_bytes
     return maps_bytes(left_bytes, budget_bytes) - _still_to_come_bytes(setting, trace)
-
-
-def _reserved_bytes(setting: Setting) -> int:
-    """Return what of a budget is not for maps."""
-    trace = setting.subject.trace()
-    return int((trace.parameter_bytes + _still_to_come_bytes(setting, trace)) * 32 / 31)
 
 
 def _still_to_come_bytes(setting: Setting, trace: StepTrace) -> int:

@@ -30,6 +30,8 @@ from umtrain.planning.step import Allocation, Convolution, Kind, Operation, Phas
 
 Loss = Callable[[Any], Tensor]
 
+_next_node_number: Callable[[], int] = vars(torch.autograd)["_get_sequence_nr"]
+
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 # An update reads weight, gradient and its own state, and writes all but the gradient.
 ADAM_STATES = 2
@@ -129,13 +131,13 @@ class _Storage:
     saves: list[Save] = field(default_factory=list)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes operations, and storages from their first use to their finalizer."""
 
     phase: Phase = "forward"
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._operations: list[Operation] = []
         self._allocations: list[Allocation] = []
         self._alive: dict[int, _Storage] = {}
@@ -193,7 +195,7 @@ class _Recorder(TorchDispatchMode):
         """Run an operation and note it; views and mere allocations are no operations."""
         if self.phase == "forward":
             # Autograd makes the node of an operation before it calls its kernel.
-            newest = torch.autograd._get_sequence_nr() - 1
+            newest = _next_node_number() - 1
             self._layer_of_node.setdefault(newest, self._layer)
         result = func(*args, **(kwargs or {}))
         reads, writes = _tensors((args, kwargs)), _tensors(result)
@@ -317,7 +319,7 @@ def _convolution(name: str, args: Any, result: Any) -> Convolution | None:
     if name == "convolution":
         output, (inputs, weight), (stride, groups) = result, args[:2], (args[3], args[8])
     elif name == "convolution_backward":
-        output, inputs, weight, stride, groups = *args[:3], args[4], args[9]
+        output, inputs, weight, stride, groups = (args[i] for i in (0, 1, 2, 4, 9))
     else:
         return None
     return Convolution(

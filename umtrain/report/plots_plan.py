@@ -43,7 +43,7 @@ def plan_plot(
 ) -> Path:
     """Draw `rows`, predictions with `strategy` and `axis`, and `measured` ones as points.
 
-    What does not fit is drawn hollow and its line thin. Returns `path`.
+    What does not fit is crossed. Returns `path`.
     """
     with drawing(path, (9.2, 4.2 + _LEGEND_INCHES)) as canvas:
         panels = canvas.subplots(1, len(_PANELS), squeeze=False)[0]
@@ -66,7 +66,9 @@ def _draw_line(axes: Axes, rows: Sequence[Row], key: str, scale: float, axis: st
     name = known[0]["strategy"]
     colour = _COLOURS.get(name, _OTHER_COLOUR)
     xs = [row[axis] for row in known]
-    axes.plot(xs, [row[key] / scale for row in known], "-", color=colour, linewidth=1.4, label=name)
+    ys = [row[key] / scale for row in known]
+    dash = "_" if len(known) == 1 else ""
+    axes.plot(xs, ys, marker=dash, markersize=14, color=colour, linewidth=1.4, label=name)
     lost = [row for row in known if not row["fits"]]
     axes.plot(
         [row[axis] for row in lost],
