@@ -19,8 +19,8 @@ from umtrain.planning.swapping import Link, swapped
 from umtrain.planning.usage import Stay, Usage, kept, resident_bytes, stay_of, step_allocations
 from umtrain.streaming.storage import ALIGNMENT_BYTES
 
-# What a transfer costs the computing cores without a GPU: handing it to an I/O thread, and direct I/O
-# (measured: 200 transfers add 0.12 s to a step of ResNet-50 at 256 pixels; see positioned.py).
+# What a transfer costs the computing cores without a GPU: handing it to an I/O thread, and direct
+# I/O (measured: 200 transfers add 0.12 s to a step of ResNet-50 at 256 pixels; positioned.py).
 _TRANSFER_S = 6e-4
 _DIRECT_IO_S_PER_BYTE = 0.03 / 2**30
 # A saved tensor is read once and written twice on its way into the mapped file.
@@ -198,7 +198,7 @@ def _original(allocation: Allocation) -> Stay:
 def _rooms(setting: Setting, heap: Usage) -> list[int]:
     """Return what pages may take during each operation."""
     taken = resident_bytes(heap.trace)
-    taken += PROCESS_BYTES if setting.profile.kind == "cpu" else 0
+    taken += PROCESS_BYTES[setting.profile.kind]
     left_bytes = setting.limit_bytes - taken
     return [max(0, left_bytes - level) for level in live_bytes(heap, setting.profile)]
 

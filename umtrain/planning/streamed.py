@@ -150,5 +150,4 @@ def _beside_maps_bytes(setting: Setting) -> int:
     gradients = sum(a.n_bytes for a in trace.allocations if a.kind == "gradient")
     weights = trace.parameter_bytes // 2 if setting.subject.precision == "bf16" else 0
     strips = int(_SHARE_OF_STRIPS * strips_bytes(kind, _strip_bytes(setting)))
-    process_bytes = PROCESS_BYTES if kind == "cpu" else 0
-    return resident_bytes(trace) + gradients + weights + strips + process_bytes
+    return resident_bytes(trace) + gradients + weights + strips + PROCESS_BYTES[kind]

@@ -61,7 +61,7 @@ def resident_bytes(trace: StepTrace) -> int:
     return sum(a.n_bytes for a in trace.allocations if a.kind in resident)
 
 
-def events(usage: Usage, least_bytes: int = 0) -> Iterator[list[Event]]:
+def events(usage: Usage, device_kind: str, least_bytes: int = 0) -> Iterator[list[Event]]:
     """Yield, for each operation, its allocations and frees in order, scratch memory included.
 
     Buffers up to `least_bytes` are left out.
@@ -75,7 +75,7 @@ def events(usage: Usage, least_bytes: int = 0) -> Iterator[list[Event]]:
             ending[stay.last].append(index)
     for position, operation in enumerate(usage.trace.operations):
         found = [Event(index, usage.stays[index].n_bytes) for index in starting[position]]
-        for number, n_bytes in enumerate(scratch_bytes(operation), 1):
+        for number, n_bytes in enumerate(scratch_bytes(operation, device_kind), 1):
             if n_bytes > least_bytes:
                 found += [Event(-number, n_bytes), Event(-number)]
         yield found + [Event(index) for index in ending[position]]
