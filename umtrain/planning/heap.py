@@ -8,8 +8,9 @@ the smallest hole that fits and joins free neighbours (Lea, "A memory allocator"
 # torch asks for aligned memory, so between two buffers that are fresh from the heap's end glibc
 # leaves a fragment of some 48 bytes, which small objects take: such neighbours never join. A
 # freed buffer's place takes the next one of its size, but where a fragment at its end is needed to
-# align in and is taken. That is chance, drawn here from a seed; the share was fitted to heaps of
-# ResNet-50 and ResUNet35, 256 to 2048 pixels, against a log of all their allocations.
+# align in and is taken. That is chance, drawn here from a seed. The shares were fitted to heaps of
+# ResNet-50 and ResUNet35, 256 to 2048 pixels, against logs of all their allocations; where
+# tensors are swapped, small objects are made while there are holes for them to lie in.
 """
 
 from bisect import bisect_left, insort
@@ -18,7 +19,8 @@ from random import Random
 
 ALIGNMENT_BYTES = 64
 _ROOM_TO_ALIGN_BYTES = 2 * ALIGNMENT_BYTES
-_SHARE_SPOILED = 0.07
+SHARE_SPOILED = 0.07
+SHARE_SPOILED_BY_SWAPPING = 0.4
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class Event:
 class Heap:
     """Best fit with coalescing; what is larger than `mapped_from_bytes` is a mapping of its own."""
 
-    def __init__(self, mapped_from_bytes: int, seed: int = 0) -> None:
-        self._random = Random(seed)
+    def __init__(
+        self, mapped_from_bytes: int, share_spoiled: float = SHARE_SPOILED, seed: int = 0
+    ) -> None:
+        self._random, self._share_spoiled = Random(seed), share_spoiled
         self._mapped_from_bytes = mapped_from_bytes
         self._by_size: list[tuple[int, int]] = []  # (size, offset) of holes
         self._end_of: dict[int, int] = {}  # offset of a hole: its end
@@ -58,7 +62,7 @@ class Heap:
             self._mapped_bytes += n_bytes
             return
         size_bytes = -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        is_spoiled = self._random.random() < _SHARE_SPOILED
+        is_spoiled = self._random.random() < self._share_spoiled
         hole_bytes = size_bytes + (_ROOM_TO_ALIGN_BYTES if is_spoiled else 0)
         position = bisect_left(self._by_size, (hole_bytes, 0))
         if position < len(self._by_size):

@@ -61,7 +61,7 @@ def live_bytes(usage: Usage, profile: Profile) -> list[int]:
 def _recycled_bytes(usage: Usage, seed: int) -> int:
     """Return the heap's peak, model and optimizer's state in it."""
     trace = usage.trace
-    heap = Heap(FreedBuffers.RECYCLE.value[0], seed)
+    heap = Heap(FreedBuffers.RECYCLE.value[0], usage.share_spoiled, seed)
     resident = [a for a in trace.allocations if a.kind in ("parameter", "buffer")]
     states = [a for a in trace.allocations if a.kind == "state"]
     step = list(chain.from_iterable(events(usage, "cpu", _LEAST_BYTES)))

@@ -1,8 +1,9 @@
 """Memory that kernels take for themselves while they run: what a convolution lays out anew.
 
-On a GPU that is little: an H100 took at most 18 MiB beside a map of 128 MiB. On the CPU from a log of all allocations of a step (oneDNN 3, two threads, AVX512 with AMX): the
-gradient of weights in bf16 transposes its operands, in parts of 512 channels that are held
-twice where they are fewer; in fp32 a 3×3 kernel copies one operand, a strided 1×1 its input.
+On a GPU that is little: an H100 took at most 18 MiB beside a map of 128 MiB. On the CPU it was read
+off a log of all allocations of a step (oneDNN 3, two threads, AVX512 with AMX): the gradient of
+weights in bf16 transposes its operands, in parts of 512 channels that are held twice where they
+are fewer; in fp32 a 3×3 kernel copies one operand, a strided 1×1 its input.
 """
 
 import math
