@@ -33,6 +33,17 @@ from umtrain.units import format_bytes
 RUNS = Path("runs")
 PLAN_NAME, PICTURE_NAME = "plan.json", "plan.png"
 _NOTHING = "-"
+_COLUMNS = (
+    "fits",
+    "device, GiB",
+    "host, GiB",
+    "out, GiB",
+    "in, GiB",
+    "waits",
+    "step",
+    "epoch",
+    "least, GiB",
+)
 
 
 @dataclass(frozen=True)
@@ -157,17 +168,17 @@ class _Epoch:
 def prediction_table(planned: Planned, predictions: list[Prediction], epoch: _Epoch) -> Table:
     """Return the predictions for one size, a strategy a row."""
     table = Table(title=f"predicted: {planned.title}")
-    table.add_column("memory")
-    for name in ("fits", "device", "host", "out", "in", "copies, faults", "step", "epoch", "least"):
+    table.add_column("memory", no_wrap=True)
+    for name in _COLUMNS:
         table.add_column(name, justify="right")
     for p in predictions:
         cells = (
             p.strategy,
             "yes" if p.fits else "NO",
-            *map(text_of_bytes, (p.device_peak_bytes, p.host_peak_bytes)),
-            *map(text_of_bytes, (p.swapped_out_bytes, p.swapped_in_bytes)),
+            *map(_gib, (p.device_peak_bytes, p.host_peak_bytes)),
+            *map(_gib, (p.swapped_out_bytes, p.swapped_in_bytes)),
             *map(text_of_seconds, (p.copy_or_fault_s, p.step_s, epoch.seconds(p.step_s))),
-            text_of_bytes(p.least_budget_bytes),
+            _gib(p.least_budget_bytes),
         )
         table.add_row(*map(Text, cells))
     return table
@@ -176,18 +187,22 @@ def prediction_table(planned: Planned, predictions: list[Prediction], epoch: _Ep
 def spread_table(spreads: list[Spread], planned: Planned) -> Table:
     """Return what each device takes where rows are spread over several."""
     table = Table(title=f"predicted: {planned.title}, rows spread over devices, memory=stream")
-    names = ("devices", "fits", "a device", "host, all", "exchanged, a device", "step")
+    names = ("devices", "fits", "each, GiB", "host of a node, GiB", "each exchanges, GiB", "step")
     for name in names:
         table.add_column(name, justify="right")
     for s in spreads:
         cells = (
             str(s.n_devices),
             "yes" if s.fits else "NO",
-            *map(text_of_bytes, (s.device_peak_bytes, s.host_peak_bytes, s.exchanged_bytes)),
+            *map(_gib, (s.device_peak_bytes, s.host_peak_bytes, s.exchanged_bytes)),
             text_of_seconds(s.step_s),
         )
         table.add_row(*map(Text, cells))
     return table
+
+
+def _gib(n_bytes: float | None) -> str:
+    return _NOTHING if n_bytes is None else f"{n_bytes / 2**30:.2f}"
 
 
 def text_of_bytes(value: float | None) -> str:

@@ -26,11 +26,18 @@ _PAGE_BYTES = 4096
 
 
 def device_peak_bytes(usage: Usage, profile: Profile, *, is_budgeted: bool) -> int:
-    """Return the peak that a record would show as memory_use.device_peak_bytes."""
+    """Return the peak that a record would show as memory_use.device_peak_bytes.
+
+    Of managed memory, which a record counts wherever it is, only what is on the device.
+    """
+    pages = page_bytes(usage)
     if is_budgeted or profile.kind == "cuda":
-        return least_bytes(usage, profile)
+        pairs = zip(live_bytes(usage, profile), pages, strict=True)
+        peak_bytes = max((live + paged for live, paged in pairs), default=0)
+        return resident_bytes(usage.trace) + peak_bytes + PROCESS_BYTES[profile.kind]
     heap_bytes = statistics.mean(_recycled_bytes(usage, seed) for seed in _SEEDS)
-    return int(heap_bytes) + max(page_bytes(usage), default=0) + PROCESS_BYTES["cpu"]
+    with_pages_bytes = int(heap_bytes) + max(pages, default=0)
+    return min(with_pages_bytes, max(int(heap_bytes), profile.device_bytes)) + PROCESS_BYTES["cpu"]
 
 
 def least_bytes(usage: Usage, profile: Profile) -> int:
