@@ -93,8 +93,9 @@ def _streamed(setting: Setting) -> Prediction:
     try:
         planned = plan_stream(setting)
     except OutOfMemoryError as error:
-        least = least_stream_bytes(setting)
-        return Prediction(STREAM, fits=False, why=str(error), least_budget_bytes=least)
+        return Prediction(
+            STREAM, fits=False, why=str(error), least_budget_bytes=_least_of_stream(setting)
+        )
     why = _why(setting, planned.device_peak_bytes, planned.host_peak_bytes)
     return Prediction(
         STREAM,
@@ -108,6 +109,14 @@ def _streamed(setting: Setting) -> Prediction:
         copy_or_fault_s=planned.stall_s,
         step_s=planned.compute_s + planned.stall_s,
     )
+
+
+def _least_of_stream(setting: Setting) -> int | None:
+    """Return the least budget of streaming; None where host memory is what is too small."""
+    try:
+        return least_stream_bytes(setting)
+    except OutOfMemoryError:
+        return None
 
 
 def _why(setting: Setting, device_bytes: int, host_bytes: int) -> str:
