@@ -17,8 +17,11 @@ from umtrain.units import format_bytes
 MARGIN = 0.85
 # A prediction of time is that sure: a strategy further down the list has to promise more than this.
 _CLEARLY_FASTER = 0.9
-# They do all that vanilla does, and more.
-_NEVER_FASTER = ("checkpoint", "lms", "um_group_prefetch")
+# They do all that vanilla does, and more; so does streaming, but that on a GPU it launches less.
+_NEVER_FASTER = {
+    "cpu": ("stream", "checkpoint", "lms", "um_group_prefetch"),
+    "cuda": ("checkpoint", "lms"),
+}
 # Simplest first, which breaks ties.
 CANDIDATES = {
     "cpu": ("vanilla", "stream", "checkpoint", "um_group_prefetch", "lms"),
@@ -38,8 +41,11 @@ class Choice:
     def sentence(self) -> str:
         """Return what memory=auto says: what, and why not the others."""
         chosen = self.prediction
-        facts = f"predicted {_seconds(chosen)} a step and {_size(chosen.device_peak_bytes)}"
-        return f"{chosen.strategy}, {facts} of {format_bytes(self.limit_bytes)}; {self._others()}"
+        others = self._others() or "nothing else would be faster"
+        return (
+            f"{chosen.strategy}, predicted {_seconds(chosen)} a step and "
+            f"{_size(chosen.device_peak_bytes)} of {format_bytes(self.limit_bytes)}; {others}"
+        )
 
     def _others(self) -> str:
         others = [each for each in self.considered if each is not self.prediction]
@@ -67,9 +73,8 @@ def choose(
     limit_bytes = options.device_budget_bytes or profile.device_bytes
     considered: list[Prediction] = []
     for name in names:
-        if name in _NEVER_FASTER and any(
-            each.fits for each in considered if each.strategy == "vanilla"
-        ):
+        is_beaten = any(each.strategy == "vanilla" and each.fits for each in considered)
+        if is_beaten and name in _NEVER_FASTER[profile.kind]:
             continue
         considered.append(estimate(subject, name, *_with_margin(name, profile, options)))
     fitting = [each for each in considered if each.fits and each.step_s is not None]
