@@ -280,7 +280,7 @@ def talk_limits() -> list[dict[str, object]]:
                 "batch at 512, talk": 32,
                 "batch at 512, predicted": largest(fits_batch, 1, 1, 512),
                 "res at batch 1, talk": 3880,
-                "res at batch 1, predicted": largest(fits_res, 128, 8, 16384),
+                "res at batch 1, predicted": largest(fits_res, 128, 64, 16384),
             }
         )
         print(rows[-1], flush=True)

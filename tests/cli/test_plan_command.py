@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 
 from umtrain.device import device_name
+from umtrain.errors import ConfigError
 from umtrain.files import write_json
+from umtrain.plan_command import parse
 from umtrain.planning.calibration import machine_key
 from umtrain.planning.profile import load_profile, profile_to_dict
 
@@ -112,16 +115,26 @@ def test_this_machine_is_not_measured_twice(umtrain, calibrated_env, tmp_path):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("device=k80",), "device=k80 is no device that can be planned for"),
         (("memory=magic",), "memory=magic: choose all, auto, "),
         (("res=256,512", "seed=1,2"), "a plan takes several values of res only"),
         (("ress=256",), "unknown key 'ress'. Did you mean res?"),
         (("dataset.aspect=wide",), "dataset.aspect=wide: must be a number above 0"),
         (("calibrate=maybe",), "calibrate=maybe: expected true or false"),
+    ],
+)
+def test_wrong_words_are_refused(words, text):
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        parse(list(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("device=k80",), "device=k80 is no device that can be planned for"),
         (("calibrate=true", "device=h200"), "calibrate=true measures this machine"),
     ],
 )
-def test_wrong_words_are_refused_before_anything_is_measured(umtrain, tmp_path, words, text):
+def test_a_wrong_device_is_refused_before_anything_is_measured(umtrain, tmp_path, words, text):
     env = {**os.environ, "UMTRAIN_CACHE": str(tmp_path / "cache")}
     done = umtrain("plan", *words, cwd=tmp_path, env=env)
     assert done.returncode == 2

@@ -130,7 +130,7 @@ def test_a_damaged_file_is_named(profile, folder, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(ConfigError, match=f"{blocked}: cannot be written"):
+    with pytest.raises(ConfigError, match=f"{blocked}: File exists"):
         calibrated(CPU, blocked, list, spill_dir=None, again=True, progress=lambda *_: None)
 
 

@@ -1,6 +1,5 @@
 """Rows of one image over several devices: what each takes, and what they exchange."""
 
-import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -15,7 +14,7 @@ from umtrain.planning.subject import Subject
 
 NODE = load_profile("v100_node")
 OPTIONS = Options(device="cuda")
-N_ROWS, N_COLUMNS = 4096, 1024
+N_ROWS, N_COLUMNS = 2**16, 2**13
 
 
 def subject_of_rows(n_rows):
@@ -33,9 +32,8 @@ def subject_of_rows(n_rows):
 
 @pytest.fixture(scope="module")
 def spreads():
-    """On devices that are too small for all of the image."""
-    small = dataclasses.replace(NODE, device_bytes=400 * 2**20, host_bytes=64 * 2**30)
-    return spread_rows(subject_of_rows, N_ROWS, small, OPTIONS)
+    """Of an image that is too large for one of the devices."""
+    return spread_rows(subject_of_rows, N_ROWS, NODE, OPTIONS)
 
 
 def test_devices_double_until_all_maps_are_on_them(spreads):

@@ -87,12 +87,12 @@ def calibrated(
     path = _path(folder, device, title)
     if path.exists() and not again:
         return _read(path)
-    profile = calibrate(device, title, steps(), spill_dir=spill_dir, progress=progress)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        profile = calibrate(device, title, steps(), spill_dir=spill_dir, progress=progress)
         write_json(path, profile_to_dict(profile))
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise ConfigError(f"{error.filename or folder}: {error.strerror}") from error
     return profile
 
 
@@ -324,7 +324,7 @@ def _launch_s(device: torch.device) -> float:
         y = x
         for _ in range(n_calls):
             y = y * 1.0
-        y.backward()
+        torch.autograd.backward(y)
 
     return median_s(run, device) / (2 * n_calls)
 
@@ -371,16 +371,15 @@ def _spill_disk(folder: Path | None) -> tuple[float, float]:
 
     Without a hard limit of memory the page cache keeps what was put out, so both are copies.
     """
-    data = torch.ones(_PROBE_BYTES, dtype=torch.uint8).numpy()
-    back = torch.empty(_PROBE_BYTES, dtype=torch.uint8).numpy()
+    data, back = bytearray(b"1") * _PROBE_BYTES, bytearray(_PROBE_BYTES)
     with tempfile.TemporaryFile(dir=folder or tempfile.gettempdir(), buffering=0) as file:
         os.posix_fallocate(file.fileno(), 0, _PROBE_BYTES)
 
         def put_out() -> None:
-            os.pwritev(file.fileno(), [memoryview(data)], 0)
+            os.pwritev(file.fileno(), [data], 0)
 
         def get_back() -> None:
-            os.preadv(file.fileno(), [memoryview(back)], 0)
+            os.preadv(file.fileno(), [back], 0)
 
         here = torch.device("cpu")
         return _PROBE_BYTES / median_s(put_out, here), _PROBE_BYTES / median_s(get_back, here)

@@ -47,7 +47,7 @@ def predict(subject: Subject, strategy: str, profile: Profile, options: Options)
     prediction = estimate(subject, strategy, profile, options)
     is_known = prediction.device_peak_bytes is not None or prediction.least_budget_bytes is not None
     if strategy == STREAM and is_known:
-        least = least_stream_bytes(Setting(subject, profile, options))
+        least = _least_of_stream(Setting(subject, profile, options))
         return replace(prediction, least_budget_bytes=least)
     return prediction
 

@@ -155,7 +155,7 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
 
 
 def _convolution_sample(values: dict[str, Any]) -> ConvolutionSample:
-    shape = {
+    shape: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list | tuple) else value
         for key, value in values["convolution"].items()
     }

@@ -7,6 +7,8 @@ tables below say.
 
 import math
 
+from torch import Tensor
+
 from umtrain.planning.profile import Profile
 from umtrain.planning.seconds import operation_seconds
 from umtrain.planning.step import Convolution, Operation, Phase, StepTrace
@@ -72,8 +74,8 @@ def _convolution(program: Program, segment: Segment, phase: Phase, dtype: str) -
     assert segment.out is not None
     a_map = program.maps[segment.out]
     n_images, out_channels, *sides = a_map.shape
-    weight = segment.module.weight if segment.module is not None else None
-    kernel = tuple(weight.shape[2:]) if weight is not None else (1, 1)
+    weight = getattr(segment.module, "weight", None)
+    kernel = tuple(weight.shape[2:]) if isinstance(weight, Tensor) else (1, 1)
     in_channels = segment.source_shape[1]
     shape = Convolution(
         in_channels=in_channels,
