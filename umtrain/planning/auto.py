@@ -45,7 +45,7 @@ class Auto(Strategy):
         """See `Strategy`; raises OutOfMemoryError, naming the least budget, if nothing fits."""
         subject = Subject(model, sample_batch, _precision(model))
         try:
-            choice = choose(subject, free_profile(self.options), self.options)
+            choice = choose(subject, free_profile(self.options, model), self.options)
         except ConfigError as error:
             _log.warning("memory=auto: vanilla, as nothing can be predicted: %s", error)
             self._become("vanilla")
@@ -57,7 +57,8 @@ class Auto(Strategy):
     def prepare_inference(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         """See `Strategy`: forward as usual where it fits, else in strips."""
         needed_bytes = inference_bytes(measure_working_sets(model, sample_batch))
-        limit_bytes = self.options.device_budget_bytes or free_profile(self.options).device_bytes
+        free_bytes = free_profile(self.options, model).device_bytes
+        limit_bytes = self.options.device_budget_bytes or free_bytes
         self._become("vanilla" if needed_bytes <= MARGIN * limit_bytes else "stream")
         _log.info(
             "memory=auto: %s, as ordinary evaluation needs about %s of %s",

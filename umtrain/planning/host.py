@@ -77,7 +77,7 @@ def check_run(subject: Subject, strategy: str, options: Options, readers: Reader
     """
     if strategy not in PLANNERS:
         return
-    profile = free_profile(options)
+    profile = free_profile(options, subject.model)
     try:
         prediction = estimate(subject, strategy, profile, options)
     except ConfigError as error:
