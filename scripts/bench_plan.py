@@ -5,6 +5,9 @@ Modes:
              ResNet-101 and ResUNet35 at 256 to 2048 under each memory strategy. One process a
              measured cell; what --out's JSON already holds is kept, so it can be run in parts.
   talk       the v100_32gb profile's predictions beside the talk's figures, with the deviation.
+  h100       the h100_80gb profile's predictions beside what scripts/bench_stream.py curve measured
+             on an H100 (scripts/results/stream_h100.json). The profile's efficiencies were fitted to
+             the times of stock PyTorch there; memory and streaming were not.
 
 Method: a measured cell is `python -m umtrain.trial`, which trains as `umtrain fit` does, on noise;
 the first step is left out and the median of the rest is taken. A prediction never sees a measured
@@ -243,6 +246,39 @@ def talk(arguments: argparse.Namespace) -> dict[str, object]:
     return document
 
 
+H100_RESULTS = Path(__file__).parent / "results" / "stream_h100.json"
+
+
+def h100(arguments: argparse.Namespace) -> dict[str, object]:
+    """Put predictions beside measurements that were made on an H100."""
+    before = json.loads(H100_RESULTS.read_text())
+    rows = []
+    for cell in before["rows"]:
+        if cell["status"] != "ok":
+            continue
+        strategy = "vanilla" if cell["side"] == "stock" else cell["side"]
+        words = ("dataset=wsi", f"model={before['model']}", f"precision={before['precision']}")
+        planned = planned_for("h100_80gb", *words, f"res={cell['res']}")
+        row = {
+            "model": before["model"],
+            "precision": before["precision"],
+            "res": cell["res"],
+            "strategy": strategy,
+            "measured": figures_of({"steps_s": cell["all_steps_s"], **cell}),
+            "predicted": dataclasses.asdict(predict_for(planned, strategy)),
+        }
+        row["deviation"] = deviations(row)
+        rows.append(row)
+        print(row_text(row), flush=True)
+    document = {"mode": "h100", "machine": before["machine"], "torch": before["torch"]}
+    document |= {"command": " ".join(sys.argv), "summary": summary(rows), "rows": rows}
+    print(summary_text(document["summary"]))
+    write(document, arguments.out)
+    if arguments.out is not None:
+        draw(document, arguments.out)
+    return document
+
+
 def planned_for(profile_name: str, *words: str):
     from umtrain.config import load_config
     from umtrain.plan_subject import make_planned
@@ -387,7 +423,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=("measured", "talk"))
+    parser.add_argument("mode", choices=("measured", "talk", "h100"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--memories", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
@@ -403,7 +439,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    modes = {"measured": measured, "talk": talk}
+    modes = {"measured": measured, "talk": talk, "h100": h100}
     print(json.dumps(modes[arguments.mode](arguments)))
 
 

@@ -62,7 +62,8 @@ def plan_stream(setting: Setting) -> Streamed:
     compiled = _compile(setting, arena_bytes)
     plans = [part.plan for part in compiled]
     profile = setting.profile
-    others = _beside_maps_bytes(setting)
+    largest_bytes = max((m.n_bytes for part in compiled for m in part.program.maps), default=0)
+    others = _beside_maps_bytes(setting, largest_bytes)
     compute_s = sum(sum(streaming_seconds(c.program, c.plan, profile)) for c in compiled)
     compute_s += beside_streaming_seconds(setting.subject.trace(), profile)
     moved_bytes = int(sum(plan.moved_bytes for plan in plans))
@@ -144,10 +145,11 @@ def _still_to_come_bytes(setting: Setting, trace: StepTrace) -> int:
     return other_bytes(trace.parameter_bytes, 0) + strips
 
 
-def _beside_maps_bytes(setting: Setting) -> int:
-    """Return what a step holds beside maps."""
+def _beside_maps_bytes(setting: Setting, largest_map_bytes: int) -> int:
+    """Return what a step holds beside maps; no strip is larger than a map."""
     trace, kind = setting.subject.trace(), setting.profile.kind
     gradients = sum(a.n_bytes for a in trace.allocations if a.kind == "gradient")
     weights = trace.parameter_bytes // 2 if setting.subject.precision == "bf16" else 0
-    strips = int(_SHARE_OF_STRIPS * strips_bytes(kind, _strip_bytes(setting)))
+    strip_bytes = min(_strip_bytes(setting), largest_map_bytes)
+    strips = int(_SHARE_OF_STRIPS * strips_bytes(kind, strip_bytes))
     return resident_bytes(trace) + gradients + weights + strips + PROCESS_BYTES[kind]
