@@ -45,8 +45,7 @@ def predict(subject: Subject, strategy: str, profile: Profile, options: Options)
     reason. Raises ConfigError if the model cannot run without data.
     """
     prediction = estimate(subject, strategy, profile, options)
-    is_known = prediction.device_peak_bytes is not None or prediction.least_budget_bytes is not None
-    if strategy == STREAM and is_known:
+    if prediction.device_peak_bytes is not None and prediction.least_budget_bytes is None:
         least = _least_of_stream(Setting(subject, profile, options))
         return replace(prediction, least_budget_bytes=least)
     return prediction
