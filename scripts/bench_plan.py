@@ -6,8 +6,8 @@ Modes:
              measured cell; what --out's JSON already holds is kept, so it can be run in parts.
   talk       the v100_32gb profile's predictions beside the talk's figures, with the deviation.
   h100       the h100_80gb profile's predictions beside what scripts/bench_stream.py curve measured
-             on an H100 (scripts/results/stream_h100.json). The profile's efficiencies were fitted to
-             the times of stock PyTorch there; memory and streaming were not.
+             on an H100 (scripts/results/stream_h100.json). The profile's efficiencies were fitted
+             to the times of stock PyTorch there; memory and streaming were not.
 
 Method: a measured cell is `python -m umtrain.trial`, which trains as `umtrain fit` does, on noise;
 the first step is left out and the median of the rest is taken. A prediction never sees a measured
