@@ -35,6 +35,8 @@ from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import group_rows, make_groups
 from umtrain.memory.working_set import measure_working_sets
+from umtrain.planning.host import Readers, check_run
+from umtrain.planning.subject import Subject
 from umtrain.randomness import seed_all
 from umtrain.report import html
 from umtrain.report.record import Record, environment, read_record, write_record
@@ -54,6 +56,7 @@ from umtrain.tasks import AnyManifest, Row, Task
 from umtrain.training import Trainer, autocast, inference, input_dtype
 
 _N_SHOWN = 20
+_OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # numbers for each parameter
 
 
 def fit(config: RunConfig, console: Console) -> Path:
@@ -328,10 +331,11 @@ def _train(task: Task, session: _Session, record: Record) -> None:
     pretrained = config.model.pretrained
     model = task.create_model(Path(pretrained).expanduser() if pretrained else None).to(device)
     trace = run_dir if config.trace else None
-    strategy = _create_strategy(_with_strategy(config, start.strategy), device, trace)
+    strategy = create_strategy(_with_strategy(config, start.strategy), device, trace)
     try:
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
+        _check_room(task, model, strategy)
         with strategy.guard():
             draw = _overlays(task, model, device, run_dir, console, logger)
             trainer = Trainer(
@@ -369,6 +373,16 @@ def _note_training(task: Task, trainer: Trainer, record: Record) -> None:
     record["memory_use"] = trainer.memory_use()
     reasons = record["memory_use"].pop("reasons")
     record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
+
+
+def _check_room(task: Task, model: nn.Module, strategy: Strategy) -> None:
+    """Refuse a run that surely has not the memory it needs; raises OutOfMemoryError."""
+    config = task.config
+    sample = task.sample_input(torch.device("meta"), input_dtype(config.precision))
+    n_states = _OPTIMIZER_STATES[config.optim.name]
+    subject = Subject(model, sample, config.precision, n_states=n_states)
+    readers = Readers(config.dataset.workers, batch_bytes=sample.numel())
+    check_run(subject, strategy.name, strategy.options, readers)
 
 
 def _overlays(
@@ -426,7 +440,7 @@ def _prepared(
 
     Raises OutOfMemoryError, in the block too.
     """
-    strategy = _create_strategy(task.config, device, trace=None)
+    strategy = create_strategy(task.config, device, trace=None)
     try:
         with strategy.guard(), autocast(device, task.config.precision):
             sample = task.sample_input(device, input_dtype(task.config.precision))
@@ -437,7 +451,8 @@ def _prepared(
         strategy.close()
 
 
-def _create_strategy(config: RunConfig, device: torch.device, trace: Path | None) -> Strategy:
+def create_strategy(config: RunConfig, device: torch.device, trace: Path | None) -> Strategy:
+    """Return the configured memory strategy; `trace` is the folder of its timeline, if any."""
     options = {
         item.name: getattr(config.memory, item.name)
         for item in dataclasses.fields(config.memory)
@@ -516,7 +531,7 @@ def _maps(
     if task.config.approach == two_stage.NAME:
         return two_stage.cancer_maps(task, split, run_dir)
     make = grad_cams if task.config.dataset.name == "ct" else grad_cam_maps
-    return make(task, model, split, lambda: _create_strategy(task.config, device, trace=None))
+    return make(task, model, split, lambda: create_strategy(task.config, device, trace=None))
 
 
 def _publish(run_dir: Path, record: Record, console: Console) -> None:

@@ -60,6 +60,35 @@ COMMANDS = {
         ("umtrain eval", "umtrain eval run=runs/night split=val"),
         False,
     ),
+    "plan": Command(
+        "umtrain plan [res=N[,N…]] [memory=STRATEGY|all] [device=auto|cpu|cuda|PROFILE] "
+        "[calibrate=true] [out=DIR] [key=value …]",
+        "predict memory, traffic and time of each strategy, without training or data",
+        "Needs no manifest; with one it says what an epoch takes. This machine is measured once, "
+        "in about half a minute, and the figures are kept; calibrate=true measures again. "
+        "device= also takes a profile of another machine; dataset.aspect any shape of slide. "
+        "Several values of res, or out=DIR, write plan.json and plan.png.\n"
+        f"Profiles: {', '.join(group_options('device_profile'))}",
+        (
+            "umtrain plan res=4096",
+            "umtrain plan res=1024,2048,4096,8192 device=a100_80gb precision=bf16",
+            "umtrain plan res=100000 dataset.aspect=0.5 device=v100_node memory=stream",
+        ),
+        True,
+    ),
+    "limits": Command(
+        "umtrain limits [of=res|batch_size] [measure=true] [memory=STRATEGY|all] "
+        "[device=auto|cpu|cuda|PROFILE] [memory.device_budget=2GiB] [out=DIR] [key=value …]",
+        "find the largest res or batch that fits, per strategy",
+        "By prediction, or with measure=true by real steps on this machine, each try a process of "
+        "its own. Writes limits.json and limits.png.",
+        (
+            "umtrain limits memory.device_budget=2GiB",
+            "umtrain limits of=batch_size res=512 model=resnet101 device=v100_32gb",
+            "umtrain limits measure=true memory=lms memory.device_budget=1GiB",
+        ),
+        True,
+    ),
     "report": Command(
         "umtrain report RUN [RUN …] [out=DIR]",
         "make the page of a run or a sweep again; compare several runs",
@@ -103,6 +132,12 @@ COMMANDS = {
         ('eval "$(umtrain completion bash)"',),
         False,
     ),
+}
+
+_PLAN_VALUES = {
+    "of": ("res", "batch_size"),
+    "measure": ("true", "false"),
+    "calibrate": ("true", "false"),
 }
 
 
@@ -160,6 +195,8 @@ def completion_script() -> str:
     keys = [f"{key}=" for key in (*GROUPS, *schema_keys())]
     values: dict[str, Any] = {group: group_options(group) for group in GROUPS} | CHOICES
     values |= {key: ("true", "false") for key, item in schema_keys().items() if item.type is bool}
+    values |= _PLAN_VALUES
+    profiles = " ".join(group_options("device_profile"))
     cases = "\n".join(f"    {key}) words='{' '.join(v)}' ;;" for key, v in values.items())
     # Bash splits words at "=": the key of the value being typed is one or two words back.
     return f"""# bash completion of umtrain
@@ -178,6 +215,12 @@ _umtrain() {{
     "") words='{" ".join(keys)}'; compopt -o nospace ;;
 {cases}
     *) COMPREPLY=($(compgen -f -- "$current")); return ;;
+  esac
+  case "${{COMP_WORDS[1]}}:$key" in
+    plan:) words="$words calibrate= out=" ;;
+    limits:) words="$words of= measure= calibrate= out=" ;;
+    plan:device|limits:device) words="$words {profiles}" ;;
+    plan:memory|limits:memory) words="$words all" ;;
   esac
   COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}

@@ -16,6 +16,7 @@ from umtrain.data.synthetic.radiographs import make_radiographs
 from umtrain.data.synthetic.slides import make_slides
 from umtrain.data.synthetic.volumes import make_volumes
 from umtrain.errors import DataError, ManifestError
+from umtrain.files import cache_folder
 
 SLIDE_SIZE_PX = 1536
 N_SLIDES = 240
@@ -90,14 +91,6 @@ def demo_manifest(
     Raises DataError if the cache folder cannot be written.
     """
     return ensure_demo(demo_spec(kind, res), cache_folder(), say, progress)
-
-
-def cache_folder() -> Path:
-    """Return the folder that demo data lies in; it need not exist."""
-    if own := os.environ.get("UMTRAIN_CACHE"):
-        return Path(own).absolute()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "umtrain"
 
 
 def ensure_demo(

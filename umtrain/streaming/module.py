@@ -67,12 +67,17 @@ class Streamer:
         Costs neither memory nor compute. Run it under the autocast that training runs in. Raises
         OutOfMemoryError if there is none.
         """
+        return [compiled.plan for compiled in self.compile(*inputs)]
+
+    def compile(self, *inputs: Tensor) -> list[Compiled]:
+        """Return the parts as a step will run them, as `plan`; inputs may be on "meta"."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = [mode.from_tensor(x) for x in inputs]
+        device = self._arenas.device
         with mode, torch.enable_grad():
+            fakes = [_like(x, device) if x.is_meta else mode.from_tensor(x) for x in inputs]
             self(*fakes)
         parts = self._traced[self._training()].streamed
-        return [ready.compiled.plan for part in parts for ready in part.compiled.values()]
+        return [ready.compiled for part in parts for ready in part.compiled.values()]
 
     @property
     def idle_bytes(self) -> int:
@@ -141,6 +146,10 @@ class _Part(nn.Module):
         kernels = create_kernels(self._device)
         compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes)
         return Ready(compiled, settings, program.parameters(), self._arenas)
+
+
+def _like(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device)
 
 
 def program_of(part: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,13 @@ class Task(ABC):
         self.config = config
         self.manifest = manifest
         self.skipped = Skipped(manifest.records, config.dataset.max_bad_fraction)
+
+    @classmethod
+    def without_images(cls, config: RunConfig) -> Self:
+        """Return a task that knows its network and that network's input, and nothing else."""
+        task = cls.__new__(cls)
+        task.config = config
+        return task
 
     @property
     @abstractmethod
