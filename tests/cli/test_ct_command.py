@@ -51,6 +51,13 @@ def test_patients_of_the_headers_are_nowhere(finished):
         assert set(csv.DictReader(stream).fieldnames) == {"id", "split", "label", "prob"}
 
 
+def test_bf16_is_refused_on_a_processor(volumes, umtrain, tmp_path):
+    given = ("device=cpu", "precision=bf16", f"dataset.manifest={volumes}")
+    done = umtrain("fit", *SMALL, *given, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "use precision=fp32, or device=cuda" in done.stderr
+
+
 def test_a_volume_that_is_gone_is_said_before_training(volumes, umtrain, tmp_path):
     text = volumes.read_text().replace("volumes/", f"{volumes.parent}/volumes/", 1)
     (tmp_path / "m.csv").write_text(text)
