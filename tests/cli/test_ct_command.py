@@ -30,7 +30,7 @@ def test_a_run_on_volumes_has_the_evidence_of_slides(finished):
     assert 0 <= record["test"]["auc"] <= 1
     page = (run_dir / "report.html").read_text()
     assert "On 2 test volumes: AUC" in page
-    assert "slide" not in page.split("<body")[1].replace("openslide", "")
+    assert "slide" not in page.split("<body")[1].replace("openslide-python", "")
 
 
 def test_cases_are_slices_with_grad_cam(finished):
@@ -49,6 +49,13 @@ def test_patients_of_the_headers_are_nowhere(finished):
     assert "SYNTHETIC^" not in done.stdout + done.stderr
     with (run_dir / "predictions.csv").open() as stream:
         assert set(csv.DictReader(stream).fieldnames) == {"id", "split", "label", "prob"}
+
+
+def test_bf16_is_refused_on_a_processor(volumes, umtrain, tmp_path):
+    given = ("device=cpu", "precision=bf16", f"dataset.manifest={volumes}")
+    done = umtrain("fit", *SMALL, *given, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "use precision=fp32, or device=cuda" in done.stderr
 
 
 def test_a_volume_that_is_gone_is_said_before_training(volumes, umtrain, tmp_path):
