@@ -44,3 +44,7 @@ class OutOfMemoryError(UmtrainError):
     """Device or host memory ran out; the message names what would fit."""
 
     exit_code = 3
+
+
+class RankError(UmtrainError):
+    """One of several processes that train together has ended."""

@@ -54,11 +54,12 @@ class Auto(Strategy):
 
     def _choose(self, needed_bytes: int, what: str) -> None:
         budget_bytes, whose = self._budget_bytes()
-        fits = needed_bytes <= _MARGIN * budget_bytes
+        fits = self.links.agree(needed_bytes <= _MARGIN * budget_bytes)
         if not fits:
             self.chosen.close()
             self.chosen = Stream(self.options)
             self.chosen.on_progress = lambda share: self.on_progress(share)
+        self.chosen.links = self.links
         self.trace = self.chosen.trace
         _log.info(
             "memory=auto: %s, as ordinary %s needs about %s of %s %s",
@@ -74,7 +75,7 @@ class Auto(Strategy):
             return self.options.device_budget_bytes, "(memory.device_budget)"
         if self.options.device == "cuda":
             return int(torch.cuda.mem_get_info()[0]), "free on the GPU"
-        return available_bytes(), "free"
+        return available_bytes() // self.links.n_sharing, "free"
 
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         raise AssertionError("the chosen strategy attaches itself")

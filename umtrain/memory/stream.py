@@ -89,7 +89,7 @@ class Stream(Strategy):
         self._model = model
         self._strip_bytes = self._choose_strip_bytes()
         settings = Settings(
-            self._arena_bytes, self._host, self._strip_bytes, self._report, allocate
+            self._arena_bytes, self._host, self._strip_bytes, self._report, allocate, self.links
         )
         self._streamer = Streamer(model, settings)
         model.forward = self._streamer
@@ -120,7 +120,8 @@ class Stream(Strategy):
         left_bytes = self._budget.left_bytes()
         if left_bytes is None:
             is_cuda = self.options.device == "cuda"
-            left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else available_bytes()
+            free_bytes = available_bytes() // self.links.n_sharing
+            left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else free_bytes
         budget_bytes = self.options.device_budget_bytes
         if budget_bytes is None:
             left_bytes = int(_SHARE_OF_FREE * left_bytes)

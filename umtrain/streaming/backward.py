@@ -23,6 +23,9 @@ from umtrain.streaming.program import Segment, Term, terms_of
 from umtrain.streaming.rows import Strip, clipped, strips
 from umtrain.streaming.schedule import is_unscaled
 from umtrain.streaming.storage import Cursor, Place, TensorPlace
+from umtrain.streaming.wholeness import Learned, parameters_whole_after
+
+OnGradient = Callable[[nn.Parameter, Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,19 @@ class _Piece:
 
 
 class Backward:
-    """Runs once; afterwards `parameters` (by identity) and `inputs` (by map) hold gradients."""
+    """Runs once; afterwards `parameters` (by identity) and `inputs` (by map) hold gradients.
 
-    def __init__(self, session: Session, given: Sequence[Tensor | None]) -> None:
+    `on_gradient` is told of each parameter's as soon as it is whole; what it takes is not held.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        given: Sequence[Tensor | None],
+        on_gradient: OnGradient = lambda parameter, gradient: False,
+    ) -> None:
         self._session, self._program = session, session.program
+        self._on_gradient = on_gradient
         self._compiled = session.compiled
         self._needs = session.compiled.needs
         self._given = dict(zip(session.program.outputs, given, strict=True))
@@ -52,16 +64,19 @@ class Backward:
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Run the actions that follow forward."""
-        for index, action in enumerate(self._compiled.plan.schedule.actions):
+        actions = self._compiled.plan.schedule.actions
+        whole_after = parameters_whole_after(self._program, actions)
+        for index, action in enumerate(actions):
             if action.kind != "forward":
                 self._session.places.resume(index)
             if action.kind == "again":
                 self._session.run_forward(action)
             elif action.kind == "backward":
                 self._run(self._program.segments[action.segment])
+            for done in whole_after.get(index, ()):
+                self._hand_over(done)
             if action.kind != "forward":
                 progress(index)
-        self._enter_norms()
 
     def _run(self, segment: Segment) -> None:
         session = self._session
@@ -299,20 +314,21 @@ class Backward:
         if index not in self._of_norm:
             session = self._session
             sums = session.sums[index]
+            norm = self._program.norms[index]
             self._of_norm[index] = gradient_of(
-                self._program.norms[index], session.statistics[index], sums.total, sums.product
+                norm, session.statistics[index], sums.total, sums.product, session.exchange_of(norm)
             )
         return self._of_norm[index]
 
-    def _enter_norms(self) -> None:
-        for norm in self._program.norms:
-            if norm.index not in self._session.sums:
-                continue
-            gradient = self._norm_gradient(norm.index)
-            for name, value in (("weight", gradient.weight), ("bias", gradient.bias)):
-                parameter = getattr(norm.module, name, None)
-                if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
-                    self._enter(parameter, value)
+    def _hand_over(self, done: Learned) -> None:
+        """Enter what a normalisation learned, and offer the parameter's gradient, which is whole."""
+        for index, name in done.norms:
+            if index in self._session.sums and done.parameter.requires_grad:
+                gradient = self._norm_gradient(index)
+                self._enter(done.parameter, gradient.weight if name == "weight" else gradient.bias)
+        found = self.parameters.get(id(done.parameter))
+        if found is not None and self._on_gradient(done.parameter, found):
+            del self.parameters[id(done.parameter)]
 
 
 def _rows(content: Tensor, first: int, last: int) -> Tensor:

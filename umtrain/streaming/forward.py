@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from umtrain.exchange import Exchange, Links
 from umtrain.streaming.kernels import Kernels, arithmetic_dtype
 from umtrain.streaming.norms import Moments, Statistics, coefficients, statistics_of
 from umtrain.streaming.operations import GlobalPooling, Operation, Weights
@@ -30,6 +31,7 @@ class Compiled:
     kernels: Kernels
     device: torch.device
     strip_bytes: int
+    links: Links = Links()
 
 
 @dataclass
@@ -262,7 +264,7 @@ class Session:
             if term.norm is None or term.norm in self.coefficients:
                 continue
             norm = self.program.norms[term.norm]
-            statistics = statistics_of(norm, self._moments_of(norm))
+            statistics = statistics_of(norm, self._moments_of(norm), self.exchange_of(norm))
             a_map = self.program.maps[norm.map]
             wide = arithmetic_dtype(a_map.dtype)
             scale, shift = coefficients(norm, statistics)
@@ -272,6 +274,14 @@ class Session:
             )
             zeros = torch.zeros(a_map.shape[:2], dtype=torch.float64, device=self.compiled.device)
             self.sums[term.norm] = Sums(zeros, zeros.clone())
+
+    def exchange_of(self, norm: Norm) -> Exchange | None:
+        """Return what joins a normalisation's statistics with those of other ranks, if they are."""
+        links = self.compiled.links
+        if links.bands is not None:
+            return None if norm.domain == "fixed" else links.bands
+        is_joint = norm.domain == "batch" and norm.module.training
+        return links.statistics if is_joint else None
 
     def _moments_of(self, norm: Norm) -> Moments | None:
         if norm.domain == "fixed":

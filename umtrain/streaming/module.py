@@ -133,7 +133,8 @@ class _Part(nn.Module):
         plan = make_plan(program, needs, budget_bytes, room_bytes, speeds)
         strip_bytes = settings.strip_bytes or STRIP_BYTES[self._device.type]
         kernels = create_kernels(self._device)
-        compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes)
+        links = settings.links
+        compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes, links)
         return Ready(compiled, settings, program.parameters(), self._arenas)
 
 

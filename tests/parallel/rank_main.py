@@ -1,0 +1,183 @@
+"""One rank of the tests: reads cases as lines of JSON, runs them with the others, answers.
+
+python rank_main.py STORE RANK N_RANKS
+"""
+
+import copy
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from umtrain import memory, models
+from umtrain.models.norm import BatchNorm2d, set_eval_statistics
+from umtrain.parallel.ranks import Ranks
+from umtrain.parallel.world import World, entered
+
+
+class Residual(nn.Module):
+    """A little of all: strides, a residual sum, a pooling with neighbours, global pooling."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 7, 2, 3, bias=False), norm(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
+        self.block = nn.Sequential(
+            nn.Conv2d(8, 16, 3, 2, 1, bias=False),
+            norm(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, 1, 1, bias=False),
+            norm(16),
+        )
+        self.shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), norm(16))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.block(x) + self.shortcut(x))
+        return self.head(torch.flatten(self.pool(x), 1))
+
+
+def build(name: str, norm: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "residual":
+        layer = {"batch": BatchNorm2d, "group": lambda width: nn.GroupNorm(4, width)}[norm]
+        model: nn.Module = Residual(layer)
+    else:
+        in_channels = 1 if name == "resunet35" else 3
+        model = models.create(name, in_channels=in_channels, n_outputs=2, norm=norm)
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.uniform_(module.bias, -0.5, 0.5, generator=generator)
+    set_eval_statistics(model, "running")
+    return model.double().to(memory_format=torch.channels_last)
+
+
+def loss_of(outputs: Tensor) -> Tensor:
+    """Return a mean over images, which tells them and every output apart."""
+    rows = outputs.flatten(1)
+    weights = torch.linspace(0.5, 1.5, rows.shape[1], dtype=rows.dtype)
+    return ((rows * weights).square().sum(1) * outputs.detach().new_ones(len(rows))).mean()
+
+
+def batches_of(shape: list[int], sizes: list[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    channels, rows, columns = shape
+    return [
+        torch.randn(n, channels, rows, columns, generator=generator, dtype=torch.float64)
+        .contiguous(memory_format=torch.channels_last)
+        .clone(memory_format=torch.channels_last)
+        for n in sizes
+    ]
+
+
+def train(
+    model: nn.Module,
+    ranks: Ranks,
+    strategy_name: str,
+    options: dict[str, Any],
+    batches: list[Tensor],
+    accumulate: int,
+) -> tuple[list[float], nn.Module]:
+    """Train a step of every `accumulate` batches; return the losses and the model."""
+    strategy = memory.create(strategy_name, device="cpu", **options)
+    ranks.tie(model, strategy)
+    strategy.prepare(model, ranks.share.of_batch(batches[0]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    losses = []
+    for start in range(0, len(batches), accumulate):
+        optimizer.zero_grad()
+        together = batches[start : start + accumulate]
+        n_images = sum(map(len, together))
+        total = torch.zeros((), dtype=torch.float64)
+        for i, batch in enumerate(together):
+            n_counted = ranks.start_batch(len(batch), i == len(together) - 1)
+            own = ranks.share.of_batch(batch)
+            own = own if len(own) else batch[:1]
+            with strategy.step():
+                loss = loss_of(model(own)) * (n_counted / n_images)
+                loss.backward()
+            total += loss.detach()
+        losses.append(ranks.finish_step(total).item())
+        if start + accumulate < len(batches):
+            optimizer.step()
+    ranks.close()
+    strategy.close()
+    return losses, model
+
+
+def steps(
+    world: World,
+    *,
+    model: str,
+    strategy: str,
+    sizes: list[int],
+    norm: str = "batch",
+    sync: bool = True,
+    mode: str = "data",
+    shape: tuple[int, ...] = (3, 65, 65),
+    accumulate: int = 1,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return how far ranks are from one process: the largest relative error, and where."""
+    batches = batches_of(list(shape), sizes)
+    network = build(model, norm)
+    alone = copy.deepcopy(network)
+    losses, network = train(
+        network, Ranks(world, mode, sync), strategy, options or {}, batches, accumulate
+    )
+    expected, alone = train(
+        alone, Ranks(World(), "data", False), "vanilla", {}, batches, accumulate
+    )
+    errors = {
+        f"loss {i}": abs(a - b) / abs(b)
+        for i, (a, b) in enumerate(zip(losses, expected, strict=True))
+    }
+    scale = max(p.grad.abs().max().item() for p in alone.parameters() if p.grad is not None)
+    for (name, one), other in zip(network.named_parameters(), alone.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            errors[f"gradient of {name}"] = _error(one.grad, other.grad, 1e-4 * scale)
+        errors[name] = _error(one, other, 1e-4)
+    if sync or mode == "spatial":
+        for (name, one), other in zip(network.named_buffers(), alone.buffers(), strict=True):
+            errors[name] = _error(one.double(), other.double(), 1e-4)
+    worst = max(errors, key=errors.__getitem__)
+    return {"error": errors[worst], "where": worst, "rank": world.rank}
+
+
+def _error(one: Tensor, other: Tensor, least: float) -> float:
+    return ((one - other).abs().max() / other.abs().max().clamp(min=least)).item()
+
+
+CASES = {"steps": steps}
+
+
+def main() -> None:
+    store, rank, n_ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(store), n_ranks),
+        rank=rank,
+        world_size=n_ranks,
+        timeout=timedelta(seconds=100),
+    )
+    with entered(World(rank, n_ranks, rank, n_ranks)) as world:
+        for line in sys.stdin:
+            asked = json.loads(line)
+            answer = CASES[asked.pop("case")](world, **asked)
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

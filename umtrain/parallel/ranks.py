@@ -1,0 +1,82 @@
+"""What a training loop needs in order to be one of several ranks that train one model.
+
+`parallel=data` gives each rank its own images of every batch, `parallel=spatial` rows of every
+feature map. Alone, all of it does nothing.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from umtrain.data.share import WHOLE, Share
+from umtrain.exchange import Links
+from umtrain.memory.base import Strategy
+from umtrain.models.norm import join_statistics
+from umtrain.parallel.gradients import GradientSums
+from umtrain.parallel.world import World
+
+
+class Ranks:
+    """The ties between this rank's training and the others'.
+
+    `share` is its part of each batch; where images are spread by rows, that is all of it.
+    """
+
+    def __init__(self, world: World, mode: str, sync_batchnorm: bool) -> None:
+        self.world = world
+        self._is_spatial = mode == "spatial" and not world.is_alone
+        self._joins_statistics = sync_batchnorm and not self._is_spatial and not world.is_alone
+        self.share = WHOLE if self._is_spatial else Share(world.rank, world.n_ranks)
+        self._sums: GradientSums | None = None
+
+    def tie(self, model: nn.Module, strategy: Strategy) -> None:
+        """Make `model` the same on all ranks and tie it to them; before `strategy.prepare`."""
+        if self.world.is_alone:
+            return
+        self.world.spread_weights(model)
+        self._sums = GradientSums(model.parameters(), self.world)
+        if self._joins_statistics:
+            join_statistics(model, self.world)
+        strategy.links = self._links(self._sums.take)
+
+    def tie_inference(self, strategy: Strategy) -> None:
+        """Tie an evaluation to the other ranks; before `strategy.prepare_inference`."""
+        if not self.world.is_alone:
+            strategy.links = self._links(lambda parameter, gradient: False)
+
+    def _links(self, on_gradient: Callable[[nn.Parameter, Tensor], bool]) -> Links:
+        return Links(
+            statistics=self.world if self._joins_statistics else None,
+            bands=self.world if self._is_spatial else None,
+            on_gradient=on_gradient,
+            agree=self.world.all_true,
+            n_sharing=self.world.n_local,
+        )
+
+    def start_batch(self, n_images: int, is_last: bool) -> float:
+        """Take note of a batch of all ranks' `n_images`; return how many this rank's loss counts.
+
+        `is_last` says that the step ends with it.
+        """
+        n_own = self.share.n_own(n_images)
+        self.world.is_idle = n_own == 0
+        if is_last and self._sums is not None:
+            self._sums.start()
+        # Spread by rows, every rank has the loss of the whole image, which may count once.
+        return n_images / self.world.n_ranks if self._is_spatial else float(n_own)
+
+    def finish_step(self, loss: Tensor) -> Tensor:
+        """Wait for the sums of gradients; return the sum of all ranks' losses."""
+        self.world.is_idle = False
+        if self._sums is not None:
+            self._sums.finish()
+        return self.world.total(loss)
+
+    def spread_buffers(self, model: nn.Module) -> None:
+        """Give all ranks the first one's running statistics, for evaluation and checkpoints."""
+        self.world.spread(list(model.buffers()))
+
+    def close(self) -> None:
+        """Untie the model."""
+        if self._sums is not None:
+            self._sums.close()
