@@ -28,6 +28,7 @@ class Exchange(Protocol):
 
     rank: int
     n_ranks: int
+    device: torch.device
     is_idle: bool
 
     def gather(self, values: Tensor) -> Tensor:
@@ -64,6 +65,9 @@ class Links:
     n_sharing: int = 1
 
 
+NO_LINKS = Links()
+
+
 def join_moments(
     exchange: Exchange, mean: Tensor, square: Tensor, n: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +83,7 @@ def join_moments(
         counted, mean, square = counted * 0, torch.zeros_like(mean), torch.zeros_like(square)
     sent = torch.cat([counted, mean.double().flatten(), square.double().flatten()])
     found = exchange.gather(sent)
-    counts, means, squares = found.split([1, mean.numel(), mean.numel()], dim=1)
+    counts, means, squares = found[:, :1], *found[:, 1:].chunk(2, dim=1)
     total = counts.sum()
     joint = (counts * means).sum(0) / total
     spread = squares.sum(0) + (counts * (means - joint).square()).sum(0)

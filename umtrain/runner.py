@@ -26,6 +26,9 @@ from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import group_rows, make_groups
 from umtrain.memory.working_set import measure_working_sets
+from umtrain.parallel.ranks import Ranks, world_facts
+from umtrain.parallel.scratch import run_dir_of_rank
+from umtrain.parallel.world import alone, world
 from umtrain.report import html
 from umtrain.report.record import Record, environment, read_record, write_record
 from umtrain.report.tables import group_table, run_table
@@ -46,37 +49,55 @@ _N_SHOWN = 20
 def fit(config: RunConfig, console: Console) -> Path:
     """Train, validate each epoch, evaluate the test split; return the run directory.
 
-    The record is written however the run ends: ok, oom, failed or interrupted. Raises
-    UmtrainError for what the user can mend and OutOfMemoryError when memory ran out.
+    All ranks of a world run it; those but the first work in a scratch folder. The record is
+    written however the run ends: ok, oom, failed or interrupted. Raises UmtrainError for what the
+    user can mend and OutOfMemoryError when memory ran out.
     """
     started_s = time.monotonic()
     check_logger(config.logger)
     recycle_large_buffers()
-    run_dir = choose_run_dir(config)
+    with run_dir_of_rank(lambda: choose_run_dir(config)) as run_dir:
+        _fit(config, run_dir, started_s, console)
+    return run_dir
+
+
+def _fit(config: RunConfig, run_dir: Path, started_s: float, console: Console) -> None:
     device = resolve_device(config.device)
     config = dataclasses.replace(
         config, device=device.type, precision=resolve_precision(config.precision, device)
     )
-    config, manifest = _with_manifest(config, console)
+    with world().main_first():
+        config, manifest = _with_manifest(config, console)
     task = tasks.create(config, manifest)
     create_run_dir(run_dir, config)
     console.open_log(run_dir / "log.txt")
     record = _new_record("fit", task, device)
-    logger = create_logger(config.logger, run_dir)
+    logger = create_logger(config.logger if world().is_main else "none", run_dir)
     try:
         with _outcome(record, run_dir, started_s):
             _describe(task, device, run_dir, console)
             _train(two_stage.network_task(task), device, run_dir, record, console, logger)
             if config.approach == two_stage.NAME:
-                _fit_slide_model(task, device, run_dir, record, console)
-            _test(task, device, run_dir, record, console)
-        _publish(run_dir, record, console)
-        pictures = sorted([*run_dir.glob("*.png"), *run_dir.glob("cases/*.png")])
-        logger.pictures(record["train"]["steps"], pictures)
+                _finish_two_stage(task, device, run_dir, record, console)
+            else:
+                _test(task, device, run_dir, record, console)
+        if world().is_main:
+            _publish(run_dir, record, console)
+            pictures = sorted([*run_dir.glob("*.png"), *run_dir.glob("cases/*.png")])
+            logger.pictures(record["train"]["steps"], pictures)
     finally:
         logger.close()
         console.close_log()
-    return run_dir
+
+
+def _finish_two_stage(
+    task: Task, device: torch.device, run_dir: Path, record: Record, console: Console
+) -> None:
+    """Fit the slide model and test; the first rank does it, the others are done."""
+    if world().is_main:
+        with alone():
+            _fit_slide_model(task, device, run_dir, record, console)
+            _test(task, device, run_dir, record, console)
 
 
 def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], console: Console) -> Path:
@@ -102,9 +123,12 @@ def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], consol
     task = tasks.create(config, manifest)
     if not manifest.split(split):
         raise ConfigError(f"split={split}: {manifest.path} has no rows of this split")
+    if config.approach == two_stage.NAME and not world().is_main:
+        return run_dir  # maps of slides are made by the first rank alone
     console.say(f"evaluating {run_dir} on {len(manifest.split(split))} images of split {split}")
     _evaluate_split(task, split, device, run_dir, record, console, config.cases)
-    _publish(run_dir, record, console)
+    if world().is_main:
+        _publish(run_dir, record, console)
     return run_dir
 
 
@@ -164,6 +188,7 @@ def _new_record(command: str, task: Task, device: torch.device) -> Record:
         "command": command,
         "started_at_s": time.time(),
         **run_identity(config),
+        "parallel": world_facts(config),
         "annotation": two_stage.annotation(config, manifest),
         "throughput": None,
         "memory_use": None,
@@ -263,6 +288,8 @@ def _train(
         try:
             with strategy.guard():
                 trainer.fit()
+            peaks = world().collect(strategy.stats().rss_peak_bytes)
+            record["parallel"]["rss_peak_bytes"] = peaks
         finally:
             record["train"] = trainer.progress.train_figures()
             unit = "patches" if config.approach == two_stage.NAME else "images"
@@ -312,6 +339,14 @@ def _fit_slide_model(
     record["train"]["slide_model"] = dataclasses.asdict(fitted)
 
 
+def _best_model_of_all(task: Task, device: torch.device, run_dir: Path) -> nn.Module:
+    """Return `_best_model` as the first rank reads it, on every rank."""
+    here = world()
+    model = _best_model(task, device, run_dir) if here.is_main else task.create_model().to(device)
+    here.spread_weights(model)
+    return model
+
+
 def _best_model(task: Task, device: torch.device, run_dir: Path) -> nn.Module:
     """Return the network of the run's best checkpoint; raises RunError if there is none of it."""
     path = run_dir / FOLDER / BEST
@@ -335,6 +370,7 @@ def _prepared(
     """
     strategy = _create_strategy(task.config, device, trace=None)
     try:
+        Ranks.of(task.config).tie_inference(strategy)
         with strategy.guard(), autocast(device, task.config.precision):
             sample = task.sample_input(device, input_dtype(task.config.precision))
             prepared = strategy.prepare_inference(model, sample)
@@ -383,13 +419,15 @@ def _evaluate_split(
     n_cases: int,
 ) -> None:
     network = two_stage.network_task(task)
-    model = _best_model(network, device, run_dir)
+    model = _best_model_of_all(network, device, run_dir)
     with _prepared(network, model, device) as (prepared, strategy):
         if task.config.approach == two_stage.NAME:
             rows, loss = two_stage.slide_rows(task, prepared, split, run_dir, console)
         else:
-            loader = task.loader(split, training=False)
+            loader = task.loader(split, training=False, share=Ranks.of(task.config).share)
             rows, loss = inference(task, prepared, strategy, split, loader, console)
+    if not world().is_main:
+        return
     validation = record["val"] if split == "test" else None
     record[split] = {
         "loss": loss,

@@ -21,6 +21,7 @@ from umtrain.data.manifest import Split
 from umtrain.errors import RunError
 from umtrain.logger import RunLogger
 from umtrain.memory.base import Strategy
+from umtrain.parallel.ranks import Ranks
 from umtrain.report.record import Record, throughput
 from umtrain.tasks import Row, Task
 
@@ -84,9 +85,10 @@ def inference(
     """Run `model` over the batches of `split`; return prediction rows and mean loss (nan if none).
 
     The model computes on the device that its parameters are on, in the configured precision, as
-    `strategy` has prepared it.
+    `strategy` has prepared it. Each rank runs its share, which `loader` has, and returns the rows
+    of all.
     """
-    rows: list[Row] = []
+    found: list[list[Row]] = []
     total_loss = 0.0
     device = next(model.parameters()).device
     precision = task.config.precision
@@ -98,9 +100,11 @@ def inference(
             with autocast(device, precision):
                 outputs = model(task.inputs(batch, device, input_dtype(precision)))
             total_loss += task.loss(outputs, batch).item() * len(batch["id"])
-            rows += task.predictions(outputs, batch, split)
+            found.append(task.predictions(outputs, batch, split))
             bar.update(done)
     model.train(was_training)
+    ranks = Ranks.of(task.config)
+    rows, total_loss = ranks.in_order(found), ranks.whole_sum(total_loss)
     return rows, total_loss / len(rows) if rows else math.nan
 
 
@@ -135,8 +139,10 @@ class Trainer:
         self.config: RunConfig = task.config
         self.device, self.run_dir, self.console = device, run_dir, console
         self.logger, self.on_validation = logger, on_validation
-        self.loader = task.loader("train", training=True)
-        self.validation = task.loader("val", training=False)
+        self.ranks = Ranks.of(task.config)
+        self.loader = task.loader("train", training=True, share=self.ranks.share)
+        self.validation = task.loader("val", training=False, share=self.ranks.share)
+        self.ranks.tie(model, strategy)
         with autocast(device, self.config.precision):
             sample = task.sample_input(device, input_dtype(self.config.precision))
             self.model = strategy.prepare(model, sample)
@@ -185,22 +191,26 @@ class Trainer:
         n_batches, n_images_planned = self._plan_step((number - 1) % self.steps_per_epoch)
         lr = self.optimizer.param_groups[0]["lr"]
         wait_s, busy_s, n_images, total_loss = 0.0, 0.0, 0, 0.0
-        for _ in range(n_batches):
+        together = self.config.batch_size * self.ranks.share.n_ranks
+        for i in range(n_batches):
             batch, waited_s = next(batches)
             wait_s += waited_s
             start_s = self._now()
-            share = len(batch["id"]) / n_images_planned
-            total_loss += self._forward_backward(batch, share)
-            n_images += len(batch["id"])
+            n_in_batch = min(together, n_images_planned - n_images)
+            n_counted = self.ranks.start_batch(n_in_batch, i == n_batches - 1)
+            total_loss += self._forward_backward(batch, n_counted / n_images_planned)
+            n_images += n_in_batch
             busy_s += self._now() - start_s
         start_s = self._now()
+        total_loss = self.ranks.finish_step(total_loss)
         self._update()
         busy_s += self._now() - start_s
         return Step(number, epoch, total_loss, lr, n_images, busy_s, wait_s)
 
     def _plan_step(self, step_in_epoch: int) -> tuple[int, int]:
-        """Return the batches and the images of a step; an epoch's last ones may be fewer."""
-        accumulate, batch_size = self.config.optim.accumulate, self.config.batch_size
+        """Return the batches and all ranks' images of a step; an epoch's last may be fewer."""
+        accumulate = self.config.optim.accumulate
+        batch_size = self.config.batch_size * self.ranks.share.n_ranks
         first = step_in_epoch * accumulate
         n_batches = min(accumulate, len(self.loader) - first)
         n_images = min(n_batches * batch_size, self.n_train - first * batch_size)
@@ -239,6 +249,7 @@ class Trainer:
 
     def _validate(self, epoch: int) -> None:
         better, shown = True, "no validation images"
+        self.ranks.spread_buffers(self.model)
         if self.task.manifest.split("val"):
             rows, loss = inference(
                 self.task, self.model, self.strategy, "val", self.validation, self.console
@@ -250,11 +261,15 @@ class Trainer:
             self.on_validation(rows, len(self.progress.steps))
         if better:
             self.progress.best_epoch = epoch
-            save_checkpoint(self.run_dir / FOLDER / BEST, self._weights(epoch))
-        save_checkpoint(self.run_dir / FOLDER / LAST, self._state(epoch))
+            self._save(BEST, self._weights(epoch))
+        self._save(LAST, self._state(epoch))
         self.console.say(
             f"epoch {epoch}/{self.config.epochs}: train loss {self._epoch_loss(epoch):.4f}, {shown}"
         )
+
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        if self.ranks.world.is_main:
+            save_checkpoint(self.run_dir / FOLDER / name, state)
 
     def _judge(self, epoch: int, metrics: dict[str, Any], loss: float) -> tuple[bool, str]:
         """Note a validation; return whether it is the best so far, and words for it."""

@@ -15,9 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from umtrain import memory, models
+from umtrain.exchange import Links
 from umtrain.models.norm import BatchNorm2d, set_eval_statistics
 from umtrain.parallel.ranks import Ranks
 from umtrain.parallel.world import World, entered
+from umtrain.streaming.module import Streamer
+from umtrain.streaming.running import Settings
 
 
 class Residual(nn.Module):
@@ -107,7 +110,7 @@ def train(
                 loss = loss_of(model(own)) * (n_counted / n_images)
                 loss.backward()
             total += loss.detach()
-        losses.append(ranks.finish_step(total).item())
+        losses.append(ranks.finish_step(total.item()))
         if start + accumulate < len(batches):
             optimizer.step()
     ranks.close()
@@ -159,7 +162,86 @@ def _error(one: Tensor, other: Tensor, least: float) -> float:
     return ((one - other).abs().max() / other.abs().max().clamp(min=least)).item()
 
 
-CASES = {"steps": steps}
+def spread(
+    world: World,
+    *,
+    model: str,
+    shape: list[int],
+    n_images: int = 1,
+    norm: str = "batch",
+    strip_bytes: int = 4096,
+    kept_share: float | None = None,
+    training: bool = True,
+) -> dict[str, Any]:
+    """Return how far one image over all ranks, in strips, is from autograd in one process.
+
+    `kept_share` of the maps' memory is the budget; the rest is made again or in host memory.
+    """
+    [x] = batches_of(shape, [n_images])
+    network = build(model, norm).train(training)
+    alone = copy.deepcopy(network)
+    host = RamHost()
+    links = Links(bands=world)
+    budget_bytes = None
+    if kept_share is not None:
+        whole = Streamer(network, Settings(strip_bytes=strip_bytes, links=links)).plan(x)
+        budget_bytes = int(kept_share * max(plan.arena_bytes for plan in whole))
+    settings = Settings(lambda: budget_bytes, host, strip_bytes, links=links)
+    streamer = Streamer(network, settings)
+    found = []
+    for forward, share in ((streamer, 1 / world.n_ranks), (alone, 1.0)):
+        given = x.clone(memory_format=torch.channels_last).requires_grad_()
+        torch.manual_seed(3)
+        loss = loss_of(forward(given))
+        (loss * share).backward()
+        found.append((loss.detach(), given.grad))
+    errors = {"loss": _error(found[0][0], found[1][0], 0.0)}
+    errors["input"] = _error(world.total(found[0][1]), found[1][1], 1e-12)
+    scale = max(p.grad.abs().max().item() for p in alone.parameters() if p.grad is not None)
+    for (name, one), other in zip(network.named_parameters(), alone.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            errors[name] = _error(world.total(one.grad), other.grad, 1e-4 * scale)
+    for (name, one), other in zip(network.named_buffers(), alone.buffers(), strict=True):
+        errors[name] = _error(one.double(), other.double(), 1e-4)
+    worst = max(errors, key=errors.__getitem__)
+    return {"error": errors[worst], "where": worst, "written_bytes": host.written_bytes}
+
+
+class Done:
+    def wait(self) -> None:
+        pass
+
+
+class RamBlock:
+    def __init__(self, host: "RamHost", n_bytes: int) -> None:
+        self._host = host
+        self._content = torch.empty(n_bytes, dtype=torch.uint8)
+
+    def start_write(self, offset_bytes: int, source: Tensor) -> Done:
+        self._content[offset_bytes : offset_bytes + source.nbytes] = source
+        self._host.written_bytes += source.nbytes
+        return Done()
+
+    def start_read(self, offset_bytes: int, target: Tensor) -> Done:
+        target.copy_(self._content[offset_bytes : offset_bytes + target.nbytes])
+        return Done()
+
+
+class RamHost:
+    """Host memory that is a tensor."""
+
+    def __init__(self) -> None:
+        self.written_bytes = 0
+
+    def room_bytes(self) -> int:
+        return 2**50
+
+    def take(self, n_bytes: int) -> RamBlock:
+        return RamBlock(self, n_bytes)
+
+
+CASES = {"steps": steps, "spread": spread}
 
 
 def main() -> None:

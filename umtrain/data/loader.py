@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from umtrain.data.dataset import RadiographDataset, SampleKey, SlideDataset
+from umtrain.data.share import WHOLE, Share
 from umtrain.errors import DeviceError, UmtrainError
 from umtrain.units import format_bytes
 
@@ -38,22 +39,29 @@ _LARGE_BATCH_BYTES = 64 * 2**20
 class EpochSampler(Sampler[SampleKey]):
     """Yields every position once, in order, or in an order of the epoch's own if `seed` is given.
 
-    The epoch is part of what it yields: so readers that live for the whole run learn of it.
+    Of several processes each has its `share` of every batch; in training (`seed` is given) all
+    have as many batches, see `Share.of_epoch`. The epoch is part of what it yields: so readers that
+    live for the whole run learn of it.
     """
 
-    def __init__(self, n: int, seed: int | None) -> None:
+    def __init__(self, n: int, seed: int | None, batch_size: int = 1, share: Share = WHOLE) -> None:
         self.epoch = 0
-        self._n = n
-        self._seed = seed
+        self._n, self._seed = n, seed
+        self._batch_size, self._share = batch_size, share
 
     def __len__(self) -> int:
-        return self._n
+        return len(self._own(range(self._n)))
 
     def __iter__(self) -> Iterator[SampleKey]:
         order: Sequence[int] = range(self._n)
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self.epoch]).permutation(self._n).tolist()
-        return iter([SampleKey(self.epoch, position) for position in order])
+        return iter([SampleKey(self.epoch, position) for position in self._own(order)])
+
+    def _own(self, order: Sequence[int]) -> Sequence[int]:
+        if self._share == WHOLE:
+            return order
+        return self._share.of_epoch(order, self._batch_size, stands_in=self._seed is not None)
 
 
 class Loader:
@@ -99,15 +107,17 @@ def make_loader(
     seed: int = 0,
     workers: int = 0,
     drop_last: bool = False,
+    share: Share = WHOLE,
 ) -> Loader:
     """Return batches of `dataset`: its samples' values stacked, images in channels-last memory.
 
     image is uint8 (batch, 3, res, res) or uint16 (batch, 1, height, width); numbers become
     tensors and ids lists. With `workers`, as many reader processes prepare the next batches
-    while the present one trains; batches are the same for any number of them.
+    while the present one trains; batches are the same for any number of them. `share` is this
+    process's part of each batch of all that train together, `batch_size` images at most.
     Raises DeviceError if /dev/shm cannot hold the batches under way.
     """
-    sampler = EpochSampler(len(dataset), seed if shuffle else None)
+    sampler = EpochSampler(len(dataset), seed if shuffle else None, batch_size, share)
     options: dict[str, Any] = {}
     if workers:
         batch_bytes = batch_size * dataset.sample_bytes

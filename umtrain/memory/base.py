@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from umtrain.errors import DeviceError, OutOfMemoryError
-from umtrain.exchange import Links
+from umtrain.exchange import NO_LINKS
 from umtrain.memory import linux
 from umtrain.memory.advice import strategies_needing_less
 from umtrain.memory.budget import DeviceBudget, NoBudget, enforce_budget, is_out_of_memory
@@ -43,7 +43,7 @@ class Strategy(ABC):
         self._cleanup = ExitStack()
         self._trace_folder = options.trace
         self.on_progress: Callable[[float], None] = lambda share: None
-        self.links = Links()
+        self.links = NO_LINKS
 
     def prepare(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         """Attach to `model` and enforce the budget; returns the module to train with.

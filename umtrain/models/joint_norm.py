@@ -1,7 +1,8 @@
 """Batch normalisation over the images of all ranks, on any device and backend.
 
 `torch.nn.SyncBatchNorm` does this on GPUs only. Here each rank finds count, mean and variance of
-its own images, and all join them; in backward two sums per channel are added up. One message each way, of a few numbers per channel, whatever the images' size.
+its own images, and all join them; in backward two sums per channel are added up. One message each
+way, of a few numbers per channel, whatever the images' size.
 """
 
 from typing import Any

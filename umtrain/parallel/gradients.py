@@ -14,6 +14,8 @@
 """
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +35,12 @@ class _Bucket:
         self._flat = torch.zeros(
             sum(sizes) + len(parameters), dtype=first.dtype, device=first.device
         )
-        parts = self._flat.split([*sizes, len(parameters)])
-        self._slots = dict(zip(map(id, parameters), parts[:-1], strict=True))
-        self._flags = parts[-1]
+        ends = list(accumulate(sizes))
+        self._slots = {
+            id(parameter): self._flat[end - size : end]
+            for parameter, size, end in zip(parameters, sizes, ends, strict=True)
+        }
+        self._flags = self._flat[ends[-1] :]
         self._arrived: set[int] = set()
         self._wait: Callable[[], None] | None = None
 
@@ -97,10 +102,7 @@ class GradientSums:
         self._buckets = [_Bucket(part) for part in _parts(learned, bucket_bytes)]
         self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
         self._late: list[tuple[nn.Parameter, Tensor]] = []
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._on_accumulated)
-            for parameter in learned
-        ]
+        self._hooks = [_call_after_accumulation(p, self._on_accumulated) for p in learned]
 
     def start(self) -> None:
         """Take gradients from now on."""
@@ -184,6 +186,11 @@ def _parts(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Pa
         parts[-1].append(parameter)
         filled_bytes += parameter.nbytes
     return parts
+
+
+def _call_after_accumulation(parameter: nn.Parameter, hook: Callable[[nn.Parameter], None]) -> Any:
+    register: Any = parameter.register_post_accumulate_grad_hook
+    return register(hook)
 
 
 def _kind(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device]:

@@ -5,15 +5,30 @@ feature map. Alone, all of it does nothing.
 """
 
 from collections.abc import Callable
+from itertools import chain, zip_longest
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 
+from umtrain.config import RunConfig
 from umtrain.data.share import WHOLE, Share
 from umtrain.exchange import Links
 from umtrain.memory.base import Strategy
 from umtrain.models.norm import join_statistics
 from umtrain.parallel.gradients import GradientSums
-from umtrain.parallel.world import World
+from umtrain.parallel.world import World, world
+
+T = TypeVar("T")
+
+
+def world_facts(config: RunConfig) -> dict[str, Any]:
+    """Return what a run's record says of its ranks."""
+    here = world()
+    return {
+        "n_ranks": here.n_ranks,
+        "mode": None if here.is_alone else config.parallel,
+        "sync_batchnorm": config.model.sync_batchnorm,
+    }
 
 
 class Ranks:
@@ -28,6 +43,11 @@ class Ranks:
         self._joins_statistics = sync_batchnorm and not self._is_spatial and not world.is_alone
         self.share = WHOLE if self._is_spatial else Share(world.rank, world.n_ranks)
         self._sums: GradientSums | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """Return the ties that a run has in the world that this process has joined."""
+        return cls(world(), config.parallel, config.model.sync_batchnorm)
 
     def tie(self, model: nn.Module, strategy: Strategy) -> None:
         """Make `model` the same on all ranks and tie it to them; before `strategy.prepare`."""
@@ -65,12 +85,23 @@ class Ranks:
         # Spread by rows, every rank has the loss of the whole image, which may count once.
         return n_images / self.world.n_ranks if self._is_spatial else float(n_own)
 
-    def finish_step(self, loss: Tensor) -> Tensor:
+    def finish_step(self, loss: float) -> float:
         """Wait for the sums of gradients; return the sum of all ranks' losses."""
         self.world.is_idle = False
         if self._sums is not None:
             self._sums.finish()
-        return self.world.total(loss)
+        return self.world.sum(loss)
+
+    def in_order(self, rows_by_batch: list[list[T]]) -> list[T]:
+        """Return all ranks' rows in the order of one process, given this rank's, batch by batch."""
+        if self._is_spatial:
+            return list(chain.from_iterable(rows_by_batch))
+        batches = zip_longest(*self.world.collect(rows_by_batch), fillvalue=())
+        return [row for parts in batches for part in parts for row in part]
+
+    def whole_sum(self, value: float) -> float:
+        """Return the sum of all ranks' values of what each finds in its share."""
+        return value if self._is_spatial else self.world.sum(value)
 
     def spread_buffers(self, model: nn.Module) -> None:
         """Give all ranks the first one's running statistics, for evaluation and checkpoints."""

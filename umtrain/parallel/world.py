@@ -115,6 +115,12 @@ class World:
 
         return wait
 
+    def sum(self, value: float) -> float:
+        """Return the sum of all ranks' values."""
+        if self.is_alone:
+            return value
+        return self.total(torch.tensor(value, dtype=torch.float64, device=self.device)).item()
+
     def all_true(self, value: bool) -> bool:
         """Return whether `value` is true on every rank."""
         return bool(self.least(int(value)))
@@ -214,6 +220,16 @@ def joined(device: str) -> Iterator[World]:
     n_local = int(os.environ.get("LOCAL_WORLD_SIZE", str(n_ranks)))
     with entered(World(dist.get_rank(), n_ranks, local_rank, n_local, chosen)) as new:
         yield new
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Be in a world of one for a while: what the other ranks have no part in."""
+    _worlds.append(World())
+    try:
+        yield
+    finally:
+        _worlds.pop()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from umtrain.streaming.norms import NormGradient, gradient_of
 from umtrain.streaming.operations import GlobalPooling, Gradients
 from umtrain.streaming.pointwise import Finisher, Sink
 from umtrain.streaming.program import Segment, Term, terms_of
-from umtrain.streaming.rows import Strip, clipped, strips
+from umtrain.streaming.rows import Strip, clipped
 from umtrain.streaming.schedule import is_unscaled
 from umtrain.streaming.storage import Cursor, Place, TensorPlace
 from umtrain.streaming.wholeness import Learned, parameters_whole_after
@@ -101,24 +101,20 @@ class Backward:
     # Which rows -------------------------------------------------------------------------------
 
     def _pieces(self, segment: Segment) -> list[_Piece]:
-        if segment.out is None:
-            n_images, _, n_rows, _ = segment.source_shape
-        else:
-            n_images, _, n_rows, _ = self._program.maps[segment.out].shape
-        cut = list(strips(n_images, n_rows, self._session.rows_per_strip(segment)))
-        return [self._piece(segment, strip, n_rows) for strip in cut]
+        cut = self._session.strips_of(segment)
+        return [self._piece(segment, strip, cut[-1].last) for strip in cut]
 
-    def _piece(self, segment: Segment, strip: Strip, n_rows: int) -> _Piece:
+    def _piece(self, segment: Segment, strip: Strip, last_row: int) -> _Piece:
         """See Note: [Rows that are done]."""
-        operation, height = segment.operation, segment.source_shape[2]
+        operation, (start, end) = segment.operation, segment.read_rows
         if operation is None:
             return _Piece(strip, strip, strip)
         first, last = operation.input_rows(strip.first, strip.last)
-        following = height
-        if strip.last < n_rows:
+        following = end
+        if strip.last < last_row:
             following = operation.input_rows(strip.last, strip.last + 1)[0]
-        first, last = clipped(first, last, height)
-        following = min(max(first, following), height)
+        first, last = clipped(first, last, end, start)
+        following = min(max(first, following), end)
         last = max(last, following)
         return _Piece(strip, strip.with_rows(first, last), strip.with_rows(first, following))
 
@@ -132,6 +128,8 @@ class Backward:
             if given is None:
                 shape, _ = self._program.pooled[segment.pooled]
                 given = torch.zeros(shape, device=self._compiled.device)
+            if self._compiled.bands is not None:
+                given = self._compiled.bands.gradient_of_whole(given)
             values = [
                 self._session.pooled_gradient(segment, given, i, strip)
                 for i, strip in enumerate(cut)
@@ -144,6 +142,11 @@ class Backward:
         session, program = self._session, self._program
         dtype = program.maps[index].dtype
         given = self._given.get(("map", index))
+        bands = self._compiled.bands
+        if given is not None and bands is not None:
+            given = bands.band_of(index, bands.gradient_of_whole(given))
+        if index in self._gradients and bands is not None:
+            bands.collect(index, self._gradients[index])
         summands: list[Place] = [] if given is None else [TensorPlace(given, dtype)]
         if index in self._gradients:
             summands.insert(0, self._gradients[index])
@@ -251,6 +254,9 @@ class Backward:
             if index not in self._gradients:
                 self._gradients[index] = self._gradient_place(index)
             adds = index in self._started
+            if self._compiled.bands is not None and not adds:
+                a_map, rows = self._program.maps[index], (done[0].first, done[-1].last)
+                self._compiled.bands.clear_unwritten(self._gradients[index], a_map, *rows)
             targets[index] = self._gradients[index].cursor(done, reads=adds, writes=True)
         return targets
 
@@ -321,7 +327,7 @@ class Backward:
         return self._of_norm[index]
 
     def _hand_over(self, done: Learned) -> None:
-        """Enter what a normalisation learned, and offer the parameter's gradient, which is whole."""
+        """Enter what normalisations learned, and offer the gradient, which is whole now."""
         for index, name in done.norms:
             if index in self._session.sums and done.parameter.requires_grad:
                 gradient = self._norm_gradient(index)

@@ -7,15 +7,16 @@
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
+from umtrain.streaming.bands import Bands
 from umtrain.streaming.building import build
 from umtrain.streaming.forward import Compiled
 from umtrain.streaming.kernels import create_kernels
@@ -122,20 +123,36 @@ class _Part(nn.Module):
         return like, autocast, torch.is_grad_enabled(), wanted
 
     def _compile(self, inputs: Sequence[Tensor]) -> Ready:
-        program = program_of(self._original[0], inputs)
+        program, bands = program_of(self._original[0], inputs), None
+        if self._settings.links.bands is not None:
+            bands = Bands(program, self._settings.links.bands)
         needs = Needs(program, [x.requires_grad for x in inputs], torch.is_grad_enabled())
         settings = self._settings
-        room_bytes = None if settings.host is None else settings.host.room_bytes
         budget_bytes = settings.budget_bytes()
         if budget_bytes is not None:
-            budget_bytes += self._arenas.idle_bytes
+            budget_bytes = self._agreed(budget_bytes + self._arenas.idle_bytes)
         speeds = SPEEDS[self._device.type]
-        plan = make_plan(program, needs, budget_bytes, room_bytes, speeds)
+        planned = program if bands is None else bands.largest
+        plan = make_plan(planned, needs, budget_bytes, self._host_room(), speeds)
         strip_bytes = settings.strip_bytes or STRIP_BYTES[self._device.type]
         kernels = create_kernels(self._device)
-        links = settings.links
-        compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes, links)
+        own = program if bands is None else bands.program
+        compiled = Compiled(
+            own, needs, plan, kernels, self._device, strip_bytes, settings.links, bands
+        )
         return Ready(compiled, settings, program.parameters(), self._arenas)
+
+    def _host_room(self) -> Callable[[], int] | None:
+        host = self._settings.host
+        return None if host is None else lambda: self._agreed(host.room_bytes())
+
+    def _agreed(self, n_bytes: int) -> int:
+        """Return what all ranks have of something, where they follow one plan."""
+        bands = self._settings.links.bands
+        if bands is None:
+            return n_bytes
+        with unset_fake_temporarily():
+            return bands.least(n_bytes)
 
 
 def program_of(part: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:

@@ -15,16 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from umtrain.streaming.operations import Operation
+from umtrain.streaming.rows import Strip, cut_rows
 
 
 @dataclass
 class Map:
-    """A feature map (N, C, H, W) that is held as a whole."""
+    """A feature map (N, C, H, W) that is held as a whole, or a band of rows of one."""
 
     index: int
     name: str
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
+    # Where others make some of its rows (see bands.py): those that are made here.
+    own: tuple[int, int] | None = None
+
+    def strips(self, rows_per_strip: int) -> list[Strip]:
+        """Return the strips in which it is made."""
+        n_images, _, n_rows, _ = self.shape
+        return cut_rows(n_images, n_rows, self.own, rows_per_strip)
 
     @property
     def n_bytes(self) -> int:
@@ -148,6 +156,18 @@ class Segment:
     pooled: int | None = None
     module: nn.Module | None = None
     flops: float = 0.0
+    # Where its sources are bands: the rows of them that it reads.
+    reads: tuple[int, int] | None = None
+
+    @property
+    def read_rows(self) -> tuple[int, int]:
+        """Return the rows of its sources that it reads."""
+        return (0, self.source_shape[2]) if self.reads is None else self.reads
+
+    def source_strips(self, rows_per_strip: int) -> list[Strip]:
+        """Return the strips of what it reads, where it reads each row once."""
+        n_images, _, n_rows, _ = self.source_shape
+        return cut_rows(n_images, n_rows, self.reads, rows_per_strip)
 
     @property
     def sources(self) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from umtrain.exchange import Links
+from umtrain.exchange import NO_LINKS, Links
 from umtrain.streaming.backward import Backward
 from umtrain.streaming.forward import Compiled, Session
 from umtrain.streaming.schedule import step_flops
@@ -47,7 +47,7 @@ class Settings:
     strip_bytes: int | None = None
     on_progress: Callable[[float], None] = lambda share: None
     allocate: Callable[[int, torch.device], Tensor] = _allocate
-    links: Links = Links()
+    links: Links = NO_LINKS
 
 
 class Arenas:
@@ -115,11 +115,16 @@ class Ready:
     def like_outputs(self) -> list[Tensor]:
         """Return empty tensors with the outputs' shapes."""
         program, device = self.compiled.program, self.compiled.device
+        bands = self.compiled.bands
         wanted = any(self.compiled.needs.backward)
         outputs = []
         for kind, index in program.outputs:
-            a_map = program.maps[index]
-            shape, dtype = program.pooled[index] if kind == "pooled" else (a_map.shape, a_map.dtype)
+            if kind == "pooled":
+                shape, dtype = program.pooled[index]
+            else:
+                a_map = program.maps[index]
+                shape, dtype = a_map.shape, a_map.dtype
+                shape = shape if bands is None else bands.whole_shape(index)
             outputs.append(torch.empty(shape, dtype=dtype, device=device, requires_grad=wanted))
         return outputs
 
@@ -139,8 +144,14 @@ class Ready:
 
     def found(self, run: Backward) -> Found:
         """Return what a backward pass found, in the order of inputs and parameters."""
-        inputs = [run.inputs.get(index) for index in self.compiled.program.inputs]
+        inputs = [self._found_input(run, index) for index in self.compiled.program.inputs]
         return inputs, [_like(run.parameters.get(id(p)), p) for p in self.parameters]
+
+    def _found_input(self, run: Backward, index: int) -> Tensor | None:
+        gradient, bands = run.inputs.get(index), self.compiled.bands
+        if gradient is None or bands is None:
+            return gradient
+        return bands.part_of_gradient(index, gradient)
 
     def _progress_of_actions(self) -> Callable[[int], None]:
         costs = step_flops(self.compiled.program, self.compiled.plan.schedule)

@@ -12,6 +12,7 @@ from umtrain.config import RunConfig
 from umtrain.data.dataset import RadiographDataset, SlideDataset
 from umtrain.data.loader import Batch, Loader, make_loader
 from umtrain.data.manifest import Manifest, Radiograph, Slide, Split
+from umtrain.data.share import WHOLE, Share
 from umtrain.models.norm import set_eval_statistics
 
 Row = dict[str, Any]
@@ -45,14 +46,18 @@ class Task(ABC):
     def dataset(self, split: Split, training: bool) -> SlideDataset | RadiographDataset:
         """Return the images of `split`, augmented when `training` and the config asks for it."""
 
-    def loader(self, split: Split, training: bool) -> Loader:
-        """Return batches of `split`: shuffled and augmented when `training`, else in order."""
+    def loader(self, split: Split, training: bool, share: Share = WHOLE) -> Loader:
+        """Return batches of `split`: shuffled and augmented when `training`, else in order.
+
+        Of several processes each reads its `share` of every batch.
+        """
         return make_loader(
             self.dataset(split, training),
             self.config.batch_size,
             shuffle=training,
             seed=self.config.seed,
             workers=self.config.dataset.workers,
+            share=share,
         )
 
     @abstractmethod
@@ -114,7 +119,8 @@ class Task(ABC):
             pretrained=pretrained,
         )
         # Note: [Batch size 1] in umtrain/models/norm.py
-        set_eval_statistics(model, "image" if self.config.batch_size == 1 else "running")
+        is_alone = self.config.batch_size == 1 and not chosen.sync_batchnorm
+        set_eval_statistics(model, "image" if is_alone else "running")
         return model.to(memory_format=torch.channels_last)
 
     def score(self, metrics: dict[str, Any], loss: float) -> tuple[float, float]:

@@ -1,0 +1,85 @@
+"""`torchrun … -m umtrain fit`: several processes, one run."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHOICES = (
+    "res=64",
+    "epochs=2",
+    "precision=fp32",
+    "device=cpu",
+    "dataset.workers=0",
+    "cases=0",
+    "model.sync_batchnorm=true",
+)
+
+
+def _torchrun(n_ranks, *words, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return subprocess.run(
+        [*command, str(n_ranks), "-m", "umtrain", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _rows(path):
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def runs(umtrain, slides, tmp_path_factory):
+    """One run in one process with a batch of 3, and the same in three ranks with 1 each."""
+    folder = tmp_path_factory.mktemp("parallel")
+    words = ("fit", "dataset=wsi", f"dataset.manifest={slides}", *CHOICES)
+    one = umtrain(*words, "batch_size=3", "memory=vanilla", f"run_dir={folder / 'one'}", cwd=folder)
+    assert one.returncode == 0, one.stderr
+    three = _torchrun(3, *words, "memory=stream", f"run_dir={folder / 'three'}", cwd=folder)
+    assert three.returncode == 0, three.stderr
+    return folder / "one", folder / "three", three
+
+
+def test_ranks_train_and_evaluate_as_one_process(runs):
+    one, three, _ = runs
+    for name, keys in (("steps.csv", ("loss", "lr", "images")), ("predictions.csv", ("prob",))):
+        expected, found = _rows(one / name), _rows(three / name)
+        assert len(expected) == len(found)
+        for a, b in zip(expected, found, strict=True):
+            assert [float(b[key]) for key in keys] == pytest.approx(
+                [float(a[key]) for key in keys], rel=2e-2
+            )
+
+
+def test_every_image_is_evaluated_once_and_in_order(runs):
+    one, three, _ = runs
+    order = [row["id"] for row in _rows(one / "predictions.csv")]
+    assert [row["id"] for row in _rows(three / "predictions.csv")] == order
+
+
+def test_only_the_first_rank_speaks_and_there_is_one_run(runs):
+    _, three, done = runs
+    assert done.stdout.count("report   ") == 1
+    assert [path.name for path in three.parent.iterdir()] == ["one", "three"]
+    record = json.loads((three / "metrics.json").read_text())
+    assert record["status"] == "ok"
+    assert record["parallel"]["n_ranks"] == 3
+    assert len(record["parallel"]["rss_peak_bytes"]) == 3
+
+
+def test_a_rank_that_cannot_read_an_image_is_named(slides, tmp_path):
+    broken = tmp_path / "slides.csv"
+    text = slides.read_text().replace("slides/", f"{slides.parent}/slides/")
+    lines = text.splitlines()
+    broken.write_text("\n".join(lines))
+    words = ("fit", f"dataset.manifest={broken}", *CHOICES, "memory=nonsense")
+    done = _torchrun(2, *words, cwd=tmp_path)
+    assert done.stderr.count("unknown memory 'nonsense'") == 1
