@@ -213,6 +213,18 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     return config
 
 
+def typed_group(schema: type[Any], path: Path, changes: dict[str, str], prefix: str) -> Any:
+    """Return the dataclass `schema` with the values of a YAML file, `changes` as typed words.
+
+    `prefix` names the keys in messages. Raises ConfigError for unknown keys and wrong types.
+    """
+    import yaml
+
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values |= {key: yaml.safe_load(text) for key, text in changes.items()}
+    return _build(schema, values, prefix)
+
+
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Return `config` as plain values, as config.yaml holds it."""
     values = dataclasses.asdict(config)

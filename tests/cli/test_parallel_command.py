@@ -75,11 +75,13 @@ def test_only_the_first_rank_speaks_and_there_is_one_run(runs):
     assert len(record["parallel"]["rss_peak_bytes"]) == 3
 
 
-def test_a_rank_that_cannot_read_an_image_is_named(slides, tmp_path):
-    broken = tmp_path / "slides.csv"
-    text = slides.read_text().replace("slides/", f"{slides.parent}/slides/")
-    lines = text.splitlines()
-    broken.write_text("\n".join(lines))
-    words = ("fit", f"dataset.manifest={broken}", *CHOICES, "memory=nonsense")
+def test_what_is_wrong_for_all_ranks_is_said_once(slides, tmp_path):
+    words = ("fit", f"dataset.manifest={slides}", *CHOICES, "memory=nonsense")
     done = _torchrun(2, *words, cwd=tmp_path)
+    assert done.returncode != 0
     assert done.stderr.count("unknown memory 'nonsense'") == 1
+
+
+def test_a_command_of_one_process_refuses_torchrun(tmp_path):
+    done = _torchrun(2, "sweep", "res=64,128", cwd=tmp_path)
+    assert done.stderr.count("umtrain sweep is one process") == 1

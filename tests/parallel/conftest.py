@@ -32,13 +32,18 @@ class Crew:
 
     def run(self, case: str, **arguments: Any) -> list[Any]:
         """Return what each rank answers."""
+        answers = self.ask(case, **arguments)
+        assert all(answers), "a rank has ended; what it said is on standard error"
+        return answers
+
+    def ask(self, case: str, **arguments: Any) -> list[Any]:
+        """Return what each rank answers; None for one that ended."""
         for rank in self._ranks:
             assert rank.stdin is not None
             rank.stdin.write(json.dumps({"case": case, **arguments}) + "\n")
             rank.stdin.flush()
         answers = [rank.stdout.readline() for rank in self._ranks if rank.stdout is not None]
-        assert all(answers), "a rank has ended; what it said is on standard error"
-        return [json.loads(answer) for answer in answers]
+        return [json.loads(answer) if answer else None for answer in answers]
 
     def close(self) -> None:
         for rank in self._ranks:
@@ -59,3 +64,11 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], C
     yield of
     for one in crews.values():
         one.close()
+
+
+@pytest.fixture
+def short_crew(tmp_path: Path) -> Iterator[Crew]:
+    """Two ranks of a test's own, which may end in it."""
+    one = Crew(2, tmp_path / "store")
+    yield one
+    one.close()

@@ -1,10 +1,11 @@
 """One rank of the tests: reads cases as lines of JSON, runs them with the others, answers.
 
-python rank_main.py STORE RANK N_RANKS
+python rank_main.py STORE RANK N_RANKS [cpu|cuda]
 """
 
 import copy
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -15,12 +16,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from umtrain import memory, models
+from umtrain.errors import RankError
 from umtrain.exchange import Links
 from umtrain.models.norm import BatchNorm2d, set_eval_statistics
+from umtrain.parallel.gradients import GradientSums
 from umtrain.parallel.ranks import Ranks
 from umtrain.parallel.world import World, entered
 from umtrain.streaming.module import Streamer
 from umtrain.streaming.running import Settings
+
+DEVICE = sys.argv[4] if len(sys.argv) > 4 else "cpu"
 
 
 class Residual(nn.Module):
@@ -62,14 +67,14 @@ def build(name: str, norm: str) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.uniform_(module.bias, -0.5, 0.5, generator=generator)
     set_eval_statistics(model, "running")
-    return model.double().to(memory_format=torch.channels_last)
+    return model.double().to(DEVICE, memory_format=torch.channels_last)
 
 
 def loss_of(outputs: Tensor) -> Tensor:
     """Return a mean over images, which tells them and every output apart."""
     rows = outputs.flatten(1)
-    weights = torch.linspace(0.5, 1.5, rows.shape[1], dtype=rows.dtype)
-    return ((rows * weights).square().sum(1) * outputs.detach().new_ones(len(rows))).mean()
+    weights = torch.linspace(0.5, 1.5, rows.shape[1]).to(rows)
+    return (rows * weights).square().sum(1).mean()
 
 
 def batches_of(shape: list[int], sizes: list[int]) -> list[Tensor]:
@@ -77,8 +82,8 @@ def batches_of(shape: list[int], sizes: list[int]) -> list[Tensor]:
     channels, rows, columns = shape
     return [
         torch.randn(n, channels, rows, columns, generator=generator, dtype=torch.float64)
-        .contiguous(memory_format=torch.channels_last)
         .clone(memory_format=torch.channels_last)
+        .to(DEVICE)
         for n in sizes
     ]
 
@@ -92,7 +97,7 @@ def train(
     accumulate: int,
 ) -> tuple[list[float], nn.Module]:
     """Train a step of every `accumulate` batches; return the losses and the model."""
-    strategy = memory.create(strategy_name, device="cpu", **options)
+    strategy = memory.create(strategy_name, device=DEVICE, **options)
     ranks.tie(model, strategy)
     strategy.prepare(model, ranks.share.of_batch(batches[0]))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -101,7 +106,7 @@ def train(
         optimizer.zero_grad()
         together = batches[start : start + accumulate]
         n_images = sum(map(len, together))
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=DEVICE)
         for i, batch in enumerate(together):
             n_counted = ranks.start_batch(len(batch), i == len(together) - 1)
             own = ranks.share.of_batch(batch)
@@ -180,7 +185,7 @@ def spread(
     [x] = batches_of(shape, [n_images])
     network = build(model, norm).train(training)
     alone = copy.deepcopy(network)
-    host = RamHost()
+    host = RamHost() if DEVICE == "cpu" else None
     links = Links(bands=world)
     budget_bytes = None
     if kept_share is not None:
@@ -205,7 +210,71 @@ def spread(
     for (name, one), other in zip(network.named_buffers(), alone.buffers(), strict=True):
         errors[name] = _error(one.double(), other.double(), 1e-4)
     worst = max(errors, key=errors.__getitem__)
-    return {"error": errors[worst], "where": worst, "written_bytes": host.written_bytes}
+    return {"error": errors[worst], "where": worst, "written_bytes": host and host.written_bytes}
+
+
+class Tied(nn.Module):
+    """Shares a layer between two places, has one that is never used, and one for `rank` 0 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        self.rare = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, with_rare: bool) -> Tensor:
+        x = self.first(torch.relu(self.first(x)))
+        return self.rare(x) if with_rare else x
+
+
+def sums(world: World, *, bucket_bytes: int, passes: int) -> dict[str, Any]:
+    """Return which gradients there are after `passes` passes, and the largest error of those."""
+    torch.manual_seed(0)
+    model = Tied().double()
+    together = GradientSums(model.parameters(), world, bucket_bytes)
+    alone = copy.deepcopy(model)
+    for i in range(passes):
+        if i == passes - 1:
+            together.start()
+        model(_input(world.rank, i), world.rank == 0).sum().backward()
+        for rank in range(world.n_ranks):
+            alone(_input(rank, i), rank == 0).sum().backward()
+    together.finish()
+    together.close()
+    pairs = list(zip(model.named_parameters(), alone.parameters(), strict=True))
+    return {
+        "missing": [name for (name, p), _ in pairs if p.grad is None],
+        "error": max(_error(p.grad, q.grad, 1e-9) for (_, p), q in pairs if p.grad is not None),
+    }
+
+
+def late(world: World) -> dict[str, Any]:
+    """Hand in a gradient twice, the second time when its sum has begun; return what comes out."""
+    parameter = nn.Parameter(torch.zeros(3))
+    together = GradientSums([parameter], world)
+    together.start()
+    for value in (1.0, 10.0):
+        assert together.take(parameter, torch.full((3,), value * (world.rank + 1)))
+    together.finish()
+    together.close()
+    assert not together.take(parameter, torch.ones(3)), "nothing is taken between steps"
+    return {"gradient": parameter.grad.tolist()}
+
+
+def lose(world: World) -> str:
+    """End every rank but the first, and return what it makes of that."""
+    if not world.is_main:
+        os._exit(7)
+    try:
+        world.total(torch.ones(3))
+    except RankError as error:
+        return str(error)
+    return "nothing"
+
+
+def _input(rank: int, i: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * rank + i)
+    return torch.randn(3, 4, generator=generator, dtype=torch.float64)
 
 
 class Done:
@@ -241,20 +310,23 @@ class RamHost:
         return RamBlock(self, n_bytes)
 
 
-CASES = {"steps": steps, "spread": spread}
+CASES = {"steps": steps, "spread": spread, "sums": sums, "late": late, "lose": lose}
 
 
 def main() -> None:
     store, rank, n_ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    device = torch.device(DEVICE, rank) if DEVICE == "cuda" else torch.device(DEVICE)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo",
+        "gloo" if DEVICE == "cpu" else "nccl",
         store=dist.FileStore(str(store), n_ranks),
         rank=rank,
         world_size=n_ranks,
         timeout=timedelta(seconds=100),
     )
-    with entered(World(rank, n_ranks, rank, n_ranks)) as world:
+    with entered(World(rank, n_ranks, rank, n_ranks, device)) as world:
         for line in sys.stdin:
             asked = json.loads(line)
             answer = CASES[asked.pop("case")](world, **asked)
