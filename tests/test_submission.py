@@ -1,7 +1,11 @@
 """Jobs that submitit runs: on its own local and debug executors, which are real processes."""
 
+import os
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from umtrain.errors import ConfigError
@@ -26,7 +30,7 @@ def test_jobs_run_here_unless_a_launcher_is_chosen():
     ("words", "text"),
     [
         (["launcher=pbs"], "launcher=pbs is not known; choose one of local, slurm"),
-        (["launcher=slurm", "launcher.partitoin=gpu"], "Did you mean launcher.partition?"),
+        (["launcher=slurm", "launcher.partitoin=gpu"], "Did you mean launcher.partition"),
         (["launcher=slurm", "launcher.ranks=many"], "expected a whole number"),
         (["launcher=slurm", "launcher.ranks=0"], "must be at least 1"),
         (["launcher=slurm", "launcher.cluster=moon"], "choose one of slurm, local, debug"),
@@ -44,6 +48,8 @@ def test_a_machine_without_slurm_says_where_to_start_the_sweep(tmp_path):
         Submitter(LauncherConfig("slurm", cluster="slurm"), tmp_path)
 
 
+# submitit's debug executor leaves its log files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("cluster", ["local", "debug"])
 def test_every_job_yields_its_exit_code(cluster, tmp_path):
     config = LauncherConfig("slurm", cluster=cluster, timeout_min=5, signal_before_s=10)
@@ -62,20 +68,27 @@ if starts.read_text() == "x":
         starts.with_name("saved").write_text("")
         raise SystemExit(130)
     signal.signal(signal.SIGTERM, end)
-    starts.with_name("ready").write_text("")
+    starts.with_name("ready").write_text("")  # a pipe: this waits for its reader
     while True:
         signal.pause()
 """
 
 
+def _counts(process):
+    return COUNTING in process.cmdline()
+
+
 def test_a_preempted_job_saves_and_runs_again_with_the_same_command(tmp_path):
     command = [sys.executable, "-c", COUNTING, str(tmp_path / "starts")]
-    submitter = Submitter(LOCAL, tmp_path)
-    [job] = submitter._submit({"a": command}).values()
-    while not (tmp_path / "ready").exists():
-        assert not job.done()
-    job._interrupt()
-    assert job.result() == 0
+    os.mkfifo(tmp_path / "ready")
+    jobs = Submitter(LOCAL, tmp_path).run({"a": command})
+    with ThreadPoolExecutor(1) as follower:
+        followed = follower.submit(list, jobs)
+        (tmp_path / "ready").read_text()
+        [sleeper] = [p for p in psutil.Process().children(recursive=True) if _counts(p)]
+        sleeper.parent().send_signal(signal.SIGUSR2)
+        [ended] = followed.result()
+    assert ended.code == 0
     assert (tmp_path / "starts").read_text() == "xx"
     assert (tmp_path / "saved").exists()
 

@@ -55,14 +55,13 @@ class Links:
     `statistics` joins the statistics of batch normalisation; `bands` says that each rank holds
     rows of every feature map. `on_gradient` is told of each parameter's gradient as soon as
     backward is done with it, and returns whether it has taken it over. `agree` tells whether all
-    ranks say yes. `n_sharing` ranks share this machine's memory.
+    ranks say yes.
     """
 
     statistics: Exchange | None = None
     bands: Exchange | None = None
     on_gradient: Callable[[nn.Parameter, Tensor], bool] = _keeps_nothing
     agree: Callable[[bool], bool] = bool
-    n_sharing: int = 1
 
 
 NO_LINKS = Links()

@@ -4,6 +4,7 @@ python rank_main.py STORE RANK N_RANKS [cpu|cuda]
 """
 
 import copy
+import importlib.util
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from umtrain import memory, models
-from umtrain.errors import RankError
+from umtrain.errors import ConfigError, RankError
 from umtrain.exchange import Links
 from umtrain.models.norm import BatchNorm2d, set_eval_statistics
 from umtrain.parallel.gradients import GradientSums
@@ -184,6 +185,23 @@ def spread(
     """
     [x] = batches_of(shape, [n_images])
     network = build(model, norm).train(training)
+    return _spread(world, network, x, strip_bytes, kept_share)
+
+
+def drawn(world: World, *, path: str, strip_bytes: int, kept_share: float | None) -> dict[str, Any]:
+    """Return the same for a network and images in a file; or why they are refused."""
+    network, x = torch.load(path, weights_only=False)
+    network = network.double().to(memory_format=torch.channels_last)
+    x = x.double().contiguous(memory_format=torch.channels_last)
+    try:
+        return _spread(world, network, x, strip_bytes, kept_share)
+    except ConfigError as error:
+        return {"error": 0.0, "refused": str(error)}
+
+
+def _spread(
+    world: World, network: nn.Module, x: Tensor, strip_bytes: int, kept_share: float | None
+) -> dict[str, Any]:
     alone = copy.deepcopy(network)
     host = RamHost() if DEVICE == "cpu" else None
     links = Links(bands=world)
@@ -310,12 +328,23 @@ class RamHost:
         return RamBlock(self, n_bytes)
 
 
-CASES = {"steps": steps, "spread": spread, "sums": sums, "late": late, "lose": lose}
+CASES = {"steps": steps, "spread": spread, "drawn": drawn, "sums": sums, "late": late, "lose": lose}
+
+
+def import_networks() -> None:
+    """Make the classes of drawn networks known under the name that files have for them."""
+    path = Path(__file__).parents[1] / "streaming" / "test_random_networks.py"
+    spec = importlib.util.spec_from_file_location("random_networks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["random_networks"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["random_networks"])
 
 
 def main() -> None:
     store, rank, n_ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    import_networks()
     device = torch.device(DEVICE, rank) if DEVICE == "cuda" else torch.device(DEVICE)
     if DEVICE == "cuda":
         torch.cuda.set_device(device)
@@ -326,7 +355,7 @@ def main() -> None:
         world_size=n_ranks,
         timeout=timedelta(seconds=100),
     )
-    with entered(World(rank, n_ranks, rank, n_ranks, device)) as world:
+    with entered(World(rank, n_ranks, device)) as world:
         for line in sys.stdin:
             asked = json.loads(line)
             answer = CASES[asked.pop("case")](world, **asked)

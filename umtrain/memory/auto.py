@@ -75,7 +75,7 @@ class Auto(Strategy):
             return self.options.device_budget_bytes, "(memory.device_budget)"
         if self.options.device == "cuda":
             return int(torch.cuda.mem_get_info()[0]), "free on the GPU"
-        return available_bytes() // self.links.n_sharing, "free"
+        return available_bytes(), "free"
 
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         raise AssertionError("the chosen strategy attaches itself")

@@ -120,8 +120,7 @@ class Stream(Strategy):
         left_bytes = self._budget.left_bytes()
         if left_bytes is None:
             is_cuda = self.options.device == "cuda"
-            free_bytes = available_bytes() // self.links.n_sharing
-            left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else free_bytes
+            left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else available_bytes()
         budget_bytes = self.options.device_budget_bytes
         if budget_bytes is None:
             left_bytes = int(_SHARE_OF_FREE * left_bytes)

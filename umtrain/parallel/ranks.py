@@ -70,7 +70,6 @@ class Ranks:
             bands=self.world if self._is_spatial else None,
             on_gradient=on_gradient,
             agree=self.world.all_true,
-            n_sharing=self.world.n_local,
         )
 
     def start_batch(self, n_images: int, is_last: bool) -> float:

@@ -42,8 +42,6 @@ class World:
 
     rank: int = 0
     n_ranks: int = 1
-    local_rank: int = 0
-    n_local: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     is_idle: bool = False
     traffic: Traffic = field(default_factory=Traffic)
@@ -185,6 +183,8 @@ def _naming_the_loss() -> Iterator[None]:
     """Turn what a backend says when a connection breaks into what has happened."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankError(
             "another rank has ended while this one waited for it; the reason is in what that rank "
@@ -217,8 +217,7 @@ def joined(device: str) -> Iterator[World]:
         timeout=_PATIENCE,
         device_id=chosen if chosen.type == "cuda" else None,
     )
-    n_local = int(os.environ.get("LOCAL_WORLD_SIZE", str(n_ranks)))
-    with entered(World(dist.get_rank(), n_ranks, local_rank, n_local, chosen)) as new:
+    with entered(World(dist.get_rank(), n_ranks, chosen)) as new:
         yield new
 
 
