@@ -53,18 +53,31 @@ class Links:
     """How the parts of one process are tied to the other ranks; by default there are none.
 
     `statistics` joins the statistics of batch normalisation; `bands` says that each rank holds
-    rows of every feature map. `on_gradient` is told of each parameter's gradient as soon as
+    rows of every feature map, and of the model's inputs, of `n_input_rows`, `given_rows`.
+    `on_gradient` is told of each parameter's gradient as soon as
     backward is done with it, and returns whether it has taken it over. `agree` tells whether all
     ranks say yes.
     """
 
     statistics: Exchange | None = None
     bands: Exchange | None = None
+    n_input_rows: int = 0
     on_gradient: Callable[[nn.Parameter, Tensor], bool] = _keeps_nothing
     agree: Callable[[bool], bool] = bool
 
 
 NO_LINKS = Links()
+
+
+# Beyond its own rows a rank reads those that the windows of a first layer reach.
+_MARGIN_ROWS = 64
+
+
+def given_rows(n_rows: int, exchange: Exchange) -> tuple[int, int]:
+    """Return the rows of an input image that a rank is given, where each has a band of them."""
+    first = n_rows * exchange.rank // exchange.n_ranks
+    last = n_rows * (exchange.rank + 1) // exchange.n_ranks
+    return max(0, first - _MARGIN_ROWS), min(n_rows, last + _MARGIN_ROWS)
 
 
 def join_moments(

@@ -26,7 +26,7 @@ from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import group_rows, make_groups
 from umtrain.memory.working_set import measure_working_sets
-from umtrain.parallel.ranks import Ranks, world_facts
+from umtrain.parallel.ranks import world_facts
 from umtrain.parallel.scratch import run_dir_of_rank
 from umtrain.parallel.world import alone, world
 from umtrain.report import html
@@ -41,7 +41,7 @@ from umtrain.run_dir import (
     write_predictions,
 )
 from umtrain.tasks import AnyManifest, Row, Task
-from umtrain.training import Trainer, autocast, inference, input_dtype
+from umtrain.training import Trainer, autocast, inference, input_dtype, ranks_of
 
 _N_SHOWN = 20
 
@@ -370,10 +370,11 @@ def _prepared(
     """
     strategy = _create_strategy(task.config, device, trace=None)
     try:
-        Ranks.of(task.config).tie_inference(strategy)
+        ranks = ranks_of(task)
+        ranks.tie_inference(strategy)
         with strategy.guard(), autocast(device, task.config.precision):
             sample = task.sample_input(device, input_dtype(task.config.precision))
-            prepared = strategy.prepare_inference(model, sample)
+            prepared = strategy.prepare_inference(model, ranks.band_of(sample))
         with strategy.guard():
             yield prepared, strategy
     finally:
@@ -424,7 +425,7 @@ def _evaluate_split(
         if task.config.approach == two_stage.NAME:
             rows, loss = two_stage.slide_rows(task, prepared, split, run_dir, console)
         else:
-            loader = task.loader(split, training=False, share=Ranks.of(task.config).share)
+            loader = task.loader(split, training=False, share=ranks_of(task).share)
             rows, loss = inference(task, prepared, strategy, split, loader, console)
     if not world().is_main:
         return

@@ -90,7 +90,7 @@ def inference(
     """
     found: list[list[Row]] = []
     total_loss = 0.0
-    device = next(model.parameters()).device
+    device, ranks = next(model.parameters()).device, ranks_of(task)
     precision = task.config.precision
     was_training = model.training
     model.eval()
@@ -98,14 +98,27 @@ def inference(
         for done, batch in enumerate(loader, 1):
             strategy.on_progress = _Inside(bar, done, "batch").update
             with autocast(device, precision):
-                outputs = model(task.inputs(batch, device, input_dtype(precision)))
+                outputs = model(network_input(task, ranks, batch, device))
             total_loss += task.loss(outputs, batch).item() * len(batch["id"])
             found.append(task.predictions(outputs, batch, split))
             bar.update(done)
     model.train(was_training)
-    ranks = Ranks.of(task.config)
     rows, total_loss = ranks.in_order(found), ranks.whole_sum(total_loss)
     return rows, total_loss / len(rows) if rows else math.nan
+
+
+def ranks_of(task: Task) -> Ranks:
+    """Return how this process trains `task` with others, alone if there are none."""
+    return Ranks.of(task.config, task.input_shape[0])
+
+
+def network_input(task: Task, ranks: Ranks, batch: Batch, device: torch.device) -> Tensor:
+    """Return the network's input on this rank: all rows of the batch's images, or a band."""
+    dtype = input_dtype(task.config.precision)
+    if task.inputs_by_pixel:
+        batch = {**batch, "image": ranks.band_of(batch["image"])}
+        return task.inputs(batch, device, dtype)
+    return ranks.band_of(task.inputs(batch, device, dtype))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -139,13 +152,13 @@ class Trainer:
         self.config: RunConfig = task.config
         self.device, self.run_dir, self.console = device, run_dir, console
         self.logger, self.on_validation = logger, on_validation
-        self.ranks = Ranks.of(task.config)
+        self.ranks = ranks_of(task)
         self.loader = task.loader("train", training=True, share=self.ranks.share)
         self.validation = task.loader("val", training=False, share=self.ranks.share)
         self.ranks.tie(model, strategy)
         with autocast(device, self.config.precision):
             sample = task.sample_input(device, input_dtype(self.config.precision))
-            self.model = strategy.prepare(model, sample)
+            self.model = strategy.prepare(model, self.ranks.band_of(sample))
         self.n_train = len(task.manifest.split("train"))
         self.steps_per_epoch = math.ceil(len(self.loader) / self.config.optim.accumulate)
         planned = self.config.epochs * self.steps_per_epoch
@@ -219,7 +232,7 @@ class Trainer:
     def _forward_backward(self, batch: Batch, share: float) -> float:
         """Add the gradients of `batch` by its `share` of the step's images; return its loss."""
         precision = self.config.precision
-        inputs = self.task.inputs(batch, self.device, input_dtype(precision))
+        inputs = network_input(self.task, self.ranks, batch, self.device)
         with self.strategy.step():
             with autocast(self.device, precision):
                 outputs = self.model(inputs)

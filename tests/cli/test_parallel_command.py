@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 CHOICES = (
@@ -19,10 +21,14 @@ CHOICES = (
 )
 
 
+def _command(n_ranks, *words):
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks))
+    return [sys.executable, *start, "-m", "umtrain", *map(str, words)]
+
+
 def _torchrun(n_ranks, *words, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     return subprocess.run(
-        [*command, str(n_ranks), "-m", "umtrain", *map(str, words)],
+        _command(n_ranks, *words),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -80,6 +86,27 @@ def test_what_is_wrong_for_all_ranks_is_said_once(slides, tmp_path):
     done = _torchrun(2, *words, cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("unknown memory 'nonsense'") == 1
+
+
+def test_an_interrupt_ends_all_ranks(slides, tmp_path):
+    words = ("fit", f"dataset.manifest={slides}", *CHOICES, "epochs=1000", "run_dir=run")
+    process = subprocess.Popen(
+        _command(2, *words),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    with process:
+        while not process.stdout.readline().startswith("epoch 1/"):
+            assert process.poll() is None
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    assert psutil.wait_procs(ranks, timeout=30)[1] == []
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["status"] == "interrupted"
 
 
 def test_a_command_of_one_process_refuses_torchrun(tmp_path):

@@ -100,7 +100,7 @@ def train(
     """Train a step of every `accumulate` batches; return the losses and the model."""
     strategy = memory.create(strategy_name, device=DEVICE, **options)
     ranks.tie(model, strategy)
-    strategy.prepare(model, ranks.share.of_batch(batches[0]))
+    strategy.prepare(model, ranks.band_of(ranks.share.of_batch(batches[0])))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     losses = []
     for start in range(0, len(batches), accumulate):
@@ -113,7 +113,7 @@ def train(
             own = ranks.share.of_batch(batch)
             own = own if len(own) else batch[:1]
             with strategy.step():
-                loss = loss_of(model(own)) * (n_counted / n_images)
+                loss = loss_of(model(ranks.band_of(own))) * (n_counted / n_images)
                 loss.backward()
             total += loss.detach()
         losses.append(ranks.finish_step(total.item()))
@@ -135,6 +135,7 @@ def steps(
     mode: str = "data",
     shape: tuple[int, ...] = (3, 65, 65),
     accumulate: int = 1,
+    as_bands: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return how far ranks are from one process: the largest relative error, and where."""
@@ -142,7 +143,12 @@ def steps(
     network = build(model, norm)
     alone = copy.deepcopy(network)
     losses, network = train(
-        network, Ranks(world, mode, sync), strategy, options or {}, batches, accumulate
+        network,
+        Ranks(world, mode, sync, shape[1] if as_bands else 0),
+        strategy,
+        options or {},
+        batches,
+        accumulate,
     )
     expected, alone = train(
         alone, Ranks(World(), "data", False), "vanilla", {}, batches, accumulate

@@ -43,6 +43,20 @@ def test_maps_that_are_made_again_or_put_out_keep_their_margins(crew, kept_share
     assert all(answer["written_bytes"] > 0 for answer in answers)
 
 
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_ranks_may_be_given_their_rows_of_the_image_alone(crew, n_ranks):
+    answers = crew(n_ranks).run(
+        "steps",
+        model="residual",
+        strategy="stream",
+        mode="spatial",
+        sizes=[1, 2],
+        as_bands=True,
+        shape=[3, 331, 33],
+    )
+    assert_exact(answers)
+
+
 def test_training_of_several_steps_is_that_of_one_process(crew):
     answers = crew(2).run(
         "steps",

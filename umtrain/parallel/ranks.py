@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from umtrain.config import RunConfig
 from umtrain.data.share import WHOLE, Share
-from umtrain.exchange import Links
+from umtrain.exchange import Links, given_rows
 from umtrain.memory.base import Strategy
 from umtrain.models.norm import join_statistics
 from umtrain.parallel.gradients import GradientSums
@@ -34,20 +34,23 @@ def world_facts(config: RunConfig) -> dict[str, Any]:
 class Ranks:
     """The ties between this rank's training and the others'.
 
-    `share` is its part of each batch; where images are spread by rows, that is all of it.
+    `share` is its part of each batch; where images, of `n_input_rows`, are spread by rows, that is
+    all of it. With 0 rows the network is given whole images all the same.
     """
 
-    def __init__(self, world: World, mode: str, sync_batchnorm: bool) -> None:
-        self.world = world
+    def __init__(
+        self, world: World, mode: str, sync_batchnorm: bool, n_input_rows: int = 0
+    ) -> None:
+        self.world, self._n_input_rows = world, n_input_rows
         self._is_spatial = mode == "spatial" and not world.is_alone
         self._joins_statistics = sync_batchnorm and not self._is_spatial and not world.is_alone
         self.share = WHOLE if self._is_spatial else Share(world.rank, world.n_ranks)
         self._sums: GradientSums | None = None
 
     @classmethod
-    def of(cls, config: RunConfig) -> Self:
+    def of(cls, config: RunConfig, n_input_rows: int) -> Self:
         """Return the ties that a run has in the world that this process has joined."""
-        return cls(world(), config.parallel, config.model.sync_batchnorm)
+        return cls(world(), config.parallel, config.model.sync_batchnorm, n_input_rows)
 
     def tie(self, model: nn.Module, strategy: Strategy) -> None:
         """Make `model` the same on all ranks and tie it to them; before `strategy.prepare`."""
@@ -68,6 +71,7 @@ class Ranks:
         return Links(
             statistics=self.world if self._joins_statistics else None,
             bands=self.world if self._is_spatial else None,
+            n_input_rows=self._n_input_rows if self._is_spatial else 0,
             on_gradient=on_gradient,
             agree=self.world.all_true,
         )
@@ -90,6 +94,13 @@ class Ranks:
         if self._sums is not None:
             self._sums.finish()
         return self.world.sum(loss)
+
+    def band_of(self, images: Tensor) -> Tensor:
+        """Return the rows of images (N, C, H, W) that this rank's network is given, a view."""
+        if not (self._is_spatial and self._n_input_rows):
+            return images
+        first, last = given_rows(self._n_input_rows, self.world)
+        return images[:, :, first:last]
 
     def in_order(self, rows_by_batch: list[list[T]]) -> list[T]:
         """Return all ranks' rows in the order of one process, given this rank's, batch by batch."""

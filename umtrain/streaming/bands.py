@@ -7,11 +7,11 @@ its backward reads them. So a segment sees an ordinary, smaller map, whose first
 number; only its windows know where the whole map ends.
 
 # Note: [What is whole, and what is a part]
-# Values outside of the bands (the input, what global pooling gives, outputs) are whole and the same
-# on every rank. Gradients, of whole values and of parameters, are parts: the sum over the ranks
-# counts. So where a whole value is made of bands, its parts are added up going back; where bands
-# are cut from a whole value, each rank hands back its part. Every rank's loss counts 1/n of the
-# whole one.
+# Values outside of the bands (what global pooling gives, outputs, what is not streamed) are whole
+# and the same on every rank. Gradients, of whole values and of parameters, are parts: the sum over
+# the ranks counts. So where a whole value is made of bands, its parts are added up going back;
+# where bands are cut from a whole value, each rank hands back its part. Every rank's loss counts
+# 1/n of the whole one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from umtrain.errors import ConfigError
-from umtrain.exchange import Exchange, Rows
+from umtrain.exchange import Exchange, Rows, given_rows
 from umtrain.streaming.operations import GlobalPooling
 from umtrain.streaming.program import Map, Program, Segment
 from umtrain.streaming.rows import Strip, clipped
@@ -66,11 +66,15 @@ class Bands:
     """A program cut into bands: `program` is this rank's, `largest` has the largest of all maps.
 
     The plan is made for `largest`, so that all ranks make the same maps again at the same time.
-    Raises ConfigError for a map that has fewer rows than there are ranks.
+    Of the inputs that `given_bands` marks every rank is given `given_rows` only, of others all.
+    Raises ConfigError for a map that has fewer rows than there are ranks, and for inputs of which
+    more rows are read than are given.
     """
 
-    def __init__(self, whole: Program, exchange: Exchange) -> None:
+    def __init__(self, whole: Program, exchange: Exchange, given_bands: Sequence[bool]) -> None:
         self._whole, self._exchange = whole, exchange
+        pairs = zip(whole.inputs, given_bands, strict=True)
+        self._given_bands = {index for index, is_band in pairs if is_band}
         self._rank, self._n_ranks = exchange.rank, exchange.n_ranks
         self._check()
         self._held = [_held_rows(whole, rank, self._n_ranks) for rank in range(self._n_ranks)]
@@ -84,6 +88,7 @@ class Bands:
             ],
         )
         self._transfers = {m.index: list(self._transfers_of(m)) for m in whole.maps}
+        self._check_inputs()
 
     def _check(self) -> None:
         lowest = min(self._whole.maps, key=lambda a_map: a_map.shape[2])
@@ -92,6 +97,22 @@ class Bands:
                 f"parallel=spatial: the feature map {lowest.name} has {lowest.shape[2]} rows, too "
                 f"few for {self._n_ranks} processes; raise res, or start fewer processes"
             )
+
+    def _check_inputs(self) -> None:
+        for index in self._given_bands:
+            rows, given = self._held_here(index), Range(*self._given(index))
+            if given.met(rows) != rows:
+                raise ConfigError(
+                    f"parallel=spatial: the network reads rows {rows.first} to {rows.last} of its "
+                    f"input in process {self._rank}, which has {given.first} to {given.last} of "
+                    "them; its first layer reaches too far. Use parallel=data"
+                )
+
+    def _given(self, index: int) -> tuple[int, int]:
+        return given_rows(self._whole.maps[index].shape[2], self._exchange)
+
+    def _held_here(self, index: int) -> Range:
+        return self._held[self._rank][self._whole.maps[index].shape[2]]
 
     def _held_of(self, a_map: Map) -> list[Range]:
         return [held[a_map.shape[2]] for held in self._held]
@@ -167,7 +188,7 @@ class Bands:
         return [Strip(image, image + 1, first, last) for image in range(n_images)]
 
     def _first(self, index: int) -> int:
-        return self._held[self._rank][self._whole.maps[index].shape[2]].first
+        return self._held_here(index).first
 
     def _read(self, index: int, place: Place, transfers: Sequence[Transfer]) -> list[Tensor]:
         found = []
@@ -222,8 +243,15 @@ class Bands:
 
     def band_of(self, index: int, whole: Tensor) -> Tensor:
         """Return the rows of a whole map that this rank holds, a view."""
-        rows = self._held[self._rank][self._whole.maps[index].shape[2]]
+        rows = self._held_here(index)
         return whole[:, :, rows.first : rows.last]
+
+    def band_of_input(self, index: int, given: Tensor) -> Tensor:
+        """Return the rows of an input that this rank holds, a view."""
+        if index not in self._given_bands:
+            return self.band_of(index, given)
+        first, last = self._held_here(index).seen_from(self._given(index)[0])
+        return given[:, :, first:last]
 
     def whole_of(self, index: int, band: Tensor) -> Tensor:
         """Return a whole map, from every rank's own rows of it."""
@@ -248,10 +276,14 @@ class Bands:
         return self._exchange.total(given)
 
     def part_of_gradient(self, index: int, band: Tensor) -> Tensor:
-        """Return this rank's part of the gradient of a whole map, given that of the band of it."""
-        whole = self._whole.maps[index].empty(band.device).zero_()
-        self.band_of(index, whole).copy_(band)
-        return whole
+        """Return this rank's part of the gradient of an input, given that of the band of it."""
+        shape = list(self._whole.maps[index].shape)
+        if index in self._given_bands:
+            first, last = self._given(index)
+            shape[2] = last - first
+        part = band.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+        self.band_of_input(index, part).copy_(band)
+        return part
 
     def whole_shape(self, index: int) -> tuple[int, int, int, int]:
         """Return the shape of a map as a whole."""

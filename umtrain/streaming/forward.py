@@ -64,7 +64,7 @@ class Session:
         bands = compiled.bands
         if bands is not None:
             pairs = zip(compiled.program.inputs, inputs, strict=True)
-            inputs = [bands.band_of(index, whole) for index, whole in pairs]
+            inputs = [bands.band_of_input(index, given) for index, given in pairs]
         self.places = Places(compiled.program, compiled.plan, arena, host, inputs)
         self.statistics: dict[int, Statistics] = {}
         self.coefficients: dict[int, Coefficients] = {}

@@ -32,6 +32,8 @@ class Task(ABC):
     fields: ClassVar[tuple[str, ...]]
     headline: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    # Whether `inputs` works pixel by pixel: of some rows, it gives those rows of the whole.
+    inputs_by_pixel: ClassVar[bool] = False
 
     def __init__(self, config: RunConfig, manifest: AnyManifest) -> None:
         self.config = config
