@@ -291,6 +291,7 @@ def _train(
             peaks = world().collect(strategy.stats().rss_peak_bytes)
             record["parallel"]["rss_peak_bytes"] = peaks
         finally:
+            trainer.ranks.close()
             record["train"] = trainer.progress.train_figures()
             unit = "patches" if config.approach == two_stage.NAME else "images"
             record["throughput"] = {**trainer.progress.throughput(), "unit": unit}

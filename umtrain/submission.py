@@ -195,6 +195,10 @@ class Submitter:
         for job in as_completed(list(jobs.values()), poll_frequency=_POLL_S[self._config.cluster]):
             yield _ended(keys[id(job)], job)
 
+    def is_queued(self, key: str) -> bool:
+        """Return whether a job that was submitted earlier waits or runs."""
+        return self._followed(key) is not None
+
     def _submit(self, commands: dict[str, list[str]]) -> dict[str, Any]:
         with self._executor.batch():
             here = Path.cwd()

@@ -131,9 +131,15 @@ def _on_cluster(
         else:
             words = ["fit", *job.overrides, f"run_dir={quoted(str(job.run_dir.absolute()))}"]
             commands[name] = command_of_ranks(sys.executable, launcher.ranks, words)
-    for ended in submitter.run(commands, console.say):
-        position = positions[ended.key]
-        yield position, _record_of(jobs[position], ended.code, ended.reason)
+            if not submitter.is_queued(name):
+                _set_aside(job.run_dir)
+    try:
+        for ended in submitter.run(commands, console.say):
+            position = positions[ended.key]
+            yield position, _record_of(jobs[position], ended.code, ended.reason)
+    except KeyboardInterrupt:
+        console.say("submitted jobs go on without the sweep; the same command follows them again")
+        raise
 
 
 def _announce(position: int, jobs: list[Job], console: Console, what: str) -> None:
