@@ -73,10 +73,9 @@ NO_LINKS = Links()
 _MARGIN_ROWS = 64
 
 
-def given_rows(n_rows: int, exchange: Exchange) -> tuple[int, int]:
+def given_rows(n_rows: int, rank: int, n_ranks: int) -> tuple[int, int]:
     """Return the rows of an input image that a rank is given, where each has a band of them."""
-    first = n_rows * exchange.rank // exchange.n_ranks
-    last = n_rows * (exchange.rank + 1) // exchange.n_ranks
+    first, last = n_rows * rank // n_ranks, n_rows * (rank + 1) // n_ranks
     return max(0, first - _MARGIN_ROWS), min(n_rows, last + _MARGIN_ROWS)
 
 

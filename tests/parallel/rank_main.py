@@ -285,6 +285,29 @@ def late(world: World) -> dict[str, Any]:
     return {"gradient": parameter.grad.tolist()}
 
 
+def mixed(world: World, *, strategy: str) -> dict[str, Any]:
+    """Return how far the gradients of a step in bf16 are from those of one process in fp32."""
+    [batch] = [x.float() for x in batches_of([3, 65, 65], [2 * world.n_ranks])]
+    network = build("residual", "batch").float()
+    alone = copy.deepcopy(network)
+    ranks = Ranks(world, "data", True)
+    own = ranks.share.of_batch(batch)
+    used = memory.create(strategy, device=DEVICE)
+    ranks.tie(network, used)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        used.prepare(network, own)
+    share = ranks.start_batch(len(batch), True) / len(batch)
+    with used.step():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            outputs = network(own)
+        (loss_of(outputs.float()) * share).backward()
+    ranks.finish_step(0.0)
+    used.close()
+    loss_of(alone(batch)).backward()
+    one, other = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (network, alone))
+    return {"error": ((one - other).norm() / other.norm()).item()}
+
+
 def lose(world: World) -> str:
     """End every rank but the first, and return what it makes of that."""
     if not world.is_main:
@@ -334,7 +357,15 @@ class RamHost:
         return RamBlock(self, n_bytes)
 
 
-CASES = {"steps": steps, "spread": spread, "drawn": drawn, "sums": sums, "late": late, "lose": lose}
+CASES = {
+    "steps": steps,
+    "spread": spread,
+    "drawn": drawn,
+    "sums": sums,
+    "late": late,
+    "lose": lose,
+    "mixed": mixed,
+}
 
 
 def import_networks() -> None:

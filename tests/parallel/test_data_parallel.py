@@ -45,6 +45,12 @@ def test_norms_that_look_at_one_image_need_no_other_rank(crew, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["vanilla", "stream"])
+def test_joint_statistics_in_bf16_err_as_bf16_does(crew, strategy):
+    for answer in crew(2).run("mixed", strategy=strategy):
+        assert answer["error"] < 0.03
+
+
+@pytest.mark.parametrize("strategy", ["vanilla", "stream"])
 def test_batches_that_add_up_to_a_step_are_summed_once(crew, strategy):
     answers = crew(2).run(
         "steps", model="residual", strategy=strategy, sizes=[4, 4, 4, 3], accumulate=2

@@ -99,7 +99,7 @@ class Ranks:
         """Return the rows of images (N, C, H, W) that this rank's network is given, a view."""
         if not (self._is_spatial and self._n_input_rows):
             return images
-        first, last = given_rows(self._n_input_rows, self.world)
+        first, last = given_rows(self._n_input_rows, self.world.rank, self.world.n_ranks)
         return images[:, :, first:last]
 
     def in_order(self, rows_by_batch: list[list[T]]) -> list[T]:

@@ -1,10 +1,7 @@
 """One image over several ranks: each makes and holds a band of rows of every feature map.
 
-Maps of H rows are cut at H·r/n. A rank makes its own rows of each map. Of the maps that its
-segments read it holds a few more, the **margins**, which other ranks make: they come over when the
-map is made, and their gradients go back, to be added to those of the rank that made them, before
-its backward reads them. So a segment sees an ordinary, smaller map, whose first row has another
-number; only its windows know where the whole map ends.
+How maps are cut is in cutting.py. Margins come over when a map is made; their gradients go back, to
+be added to those of the rank that made the rows, before its backward reads them.
 
 # Note: [What is whole, and what is a part]
 # Values outside of the bands (what global pooling gives, outputs, what is not streamed) are whole
@@ -14,52 +11,17 @@ number; only its windows know where the whole map ends.
 # 1/n of the whole one.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from umtrain.errors import ConfigError
 from umtrain.exchange import Exchange, Rows, given_rows
-from umtrain.streaming.operations import GlobalPooling
-from umtrain.streaming.program import Map, Program, Segment
-from umtrain.streaming.rows import Strip, clipped
+from umtrain.streaming.cutting import Cut, Range, Transfer, own_rows
+from umtrain.streaming.program import Map, Program
+from umtrain.streaming.rows import Strip
 from umtrain.streaming.storage import Cursor, Place
-
-
-class Range(NamedTuple):
-    """Rows [first, last) of a whole map."""
-
-    first: int
-    last: int
-
-    def joined(self, other: "Range") -> "Range":
-        """Return the smallest range that has both."""
-        return Range(min(self.first, other.first), max(self.last, other.last))
-
-    def met(self, other: "Range") -> "Range":
-        """Return what both have; an empty range if that is nothing."""
-        first = max(self.first, other.first)
-        return Range(first, max(first, min(self.last, other.last)))
-
-    def seen_from(self, first: int) -> tuple[int, int]:
-        """Return the rows as they are numbered where row `first` is number 0."""
-        return self.first - first, self.last - first
-
-
-class Transfer(NamedTuple):
-    """Rows of a map that rank `maker` makes and rank `holder` has in its margins."""
-
-    maker: int
-    holder: int
-    rows: Range
-
-
-def own_rows(n_rows: int, rank: int, n_ranks: int) -> Range:
-    """Return the rows of a map that a rank makes."""
-    return Range(n_rows * rank // n_ranks, n_rows * (rank + 1) // n_ranks)
 
 
 class Bands:
@@ -77,18 +39,10 @@ class Bands:
         self._given_bands = {index for index, is_band in pairs if is_band}
         self._rank, self._n_ranks = exchange.rank, exchange.n_ranks
         self._check()
-        self._held = [_held_rows(whole, rank, self._n_ranks) for rank in range(self._n_ranks)]
-        self.program = self._cut(self._rank)
-        heights = [max(rows.last - rows.first for rows in self._held_of(m)) for m in whole.maps]
-        self.largest = replace(
-            self.program,
-            maps=[
-                replace(m, shape=(*m.shape[:2], height, m.shape[3]))
-                for m, height in zip(self.program.maps, heights, strict=True)
-            ],
-        )
-        self._transfers = {m.index: list(self._transfers_of(m)) for m in whole.maps}
+        self._cut = Cut(whole, self._n_ranks)
         self._check_inputs()
+        self.program, self.largest = self._cut.program_of(self._rank), self._cut.largest()
+        self._transfers = {m.index: list(self._cut.transfers_of(m)) for m in whole.maps}
 
     def _check(self) -> None:
         lowest = min(self._whole.maps, key=lambda a_map: a_map.shape[2])
@@ -99,67 +53,24 @@ class Bands:
             )
 
     def _check_inputs(self) -> None:
-        for index in self._given_bands:
-            rows, given = self._held_here(index), Range(*self._given(index))
-            if given.met(rows) != rows:
-                raise ConfigError(
-                    f"parallel=spatial: the network reads rows {rows.first} to {rows.last} of its "
-                    f"input in process {self._rank}, which has {given.first} to {given.last} of "
-                    "them; its first layer reaches too far. Use parallel=data"
-                )
+        for rank in range(self._n_ranks):
+            for index in self._given_bands:
+                rows, given = self._cut.held_rows(index, rank), self._given(index, rank)
+                if given.met(rows) != rows:
+                    raise ConfigError(
+                        f"parallel=spatial: process {rank} reads rows {rows.first} to {rows.last} "
+                        f"of the image and is given {given.first} to {given.last}: the network's "
+                        "first layer reaches too far. Use parallel=data"
+                    )
 
-    def _given(self, index: int) -> tuple[int, int]:
-        return given_rows(self._whole.maps[index].shape[2], self._exchange)
+    def _given(self, index: int, rank: int) -> Range:
+        n_rows = self._whole.maps[index].shape[2]
+        return Range(*given_rows(n_rows, rank, self._n_ranks))
 
-    def _held_here(self, index: int) -> Range:
-        return self._held[self._rank][self._whole.maps[index].shape[2]]
-
-    def _held_of(self, a_map: Map) -> list[Range]:
-        return [held[a_map.shape[2]] for held in self._held]
-
-    # This rank's program ----------------------------------------------------------------------
-
-    def _cut(self, rank: int) -> Program:
-        held = self._held[rank]
-        maps = []
-        for a_map in self._whole.maps:
-            n_images, channels, n_rows, columns = a_map.shape
-            rows = held[n_rows]
-            own = own_rows(n_rows, rank, self._n_ranks).seen_from(rows.first)
-            shape = (n_images, channels, rows.last - rows.first, columns)
-            maps.append(replace(a_map, shape=shape, own=own))
-        segments = [self._cut_segment(segment, rank) for segment in self._whole.segments]
-        return replace(self._whole, maps=maps, segments=segments)
-
-    def _cut_segment(self, segment: Segment, rank: int) -> Segment:
-        held = self._held[rank]
-        n_images, channels, n_rows, columns = segment.source_shape
-        rows = held[n_rows]
-        reads = _read_rows(self._whole, segment, rank, self._n_ranks)
-        operation = segment.operation
-        if operation is not None and segment.out is not None:
-            out_first = held[self._whole.maps[segment.out].shape[2]].first
-            operation = operation.moved(out_first, rows.first)
-        return replace(
-            segment,
-            source_shape=(n_images, channels, rows.last - rows.first, columns),
-            operation=operation,
-            reads=reads.seen_from(rows.first),
-        )
+    def _held(self, index: int) -> Range:
+        return self._cut.held_rows(index, self._rank)
 
     # Rows that others make --------------------------------------------------------------------
-
-    def _transfers_of(self, a_map: Map) -> Iterator[Transfer]:
-        """Yield what ranks need of each other's rows of a map."""
-        n_rows = a_map.shape[2]
-        readers = [self._whole.segments[reader] for reader in self._whole.consumers(a_map.index)]
-        for holder in range(self._n_ranks):
-            needed = [_read_rows(self._whole, s, holder, self._n_ranks) for s in readers]
-            for maker in range(self._n_ranks):
-                made = own_rows(n_rows, maker, self._n_ranks)
-                for rows in _united([made.met(rows) for rows in needed]):
-                    if maker != holder:
-                        yield Transfer(maker, holder, rows)
 
     def fill(self, index: int, place: Place) -> None:
         """Fill the margins of a map, of which all ranks have made their own rows."""
@@ -183,12 +94,9 @@ class Bands:
         self._write(index, place, coming, [rows.content for rows in incoming], adds=True)
 
     def _strips(self, index: int, transfer: Transfer) -> list[Strip]:
-        first, last = transfer.rows.seen_from(self._first(index))
+        first, last = transfer.rows.seen_from(self._held(index).first)
         n_images = self._whole.maps[index].shape[0]
         return [Strip(image, image + 1, first, last) for image in range(n_images)]
-
-    def _first(self, index: int) -> int:
-        return self._held_here(index).first
 
     def _read(self, index: int, place: Place, transfers: Sequence[Transfer]) -> list[Tensor]:
         found = []
@@ -208,9 +116,7 @@ class Bands:
     def _rooms(self, index: int, transfers: Sequence[Transfer], ranks: list[int]) -> list[Rows]:
         a_map = self._whole.maps[index]
         rooms = [
-            replace(
-                a_map, shape=(1, a_map.shape[1], t.rows.last - t.rows.first, a_map.shape[3])
-            ).empty(self._exchange.device)
+            a_map.with_rows(t.rows.last - t.rows.first, n_images=1).empty(self._exchange.device)
             for t in transfers
             for _ in range(a_map.shape[0])
         ]
@@ -243,19 +149,19 @@ class Bands:
 
     def band_of(self, index: int, whole: Tensor) -> Tensor:
         """Return the rows of a whole map that this rank holds, a view."""
-        rows = self._held_here(index)
+        rows = self._held(index)
         return whole[:, :, rows.first : rows.last]
 
     def band_of_input(self, index: int, given: Tensor) -> Tensor:
         """Return the rows of an input that this rank holds, a view."""
         if index not in self._given_bands:
             return self.band_of(index, given)
-        first, last = self._held_here(index).seen_from(self._given(index)[0])
+        first, last = self._held(index).seen_from(self._given(index, self._rank).first)
         return given[:, :, first:last]
 
     def whole_of(self, index: int, band: Tensor) -> Tensor:
         """Return a whole map, from every rank's own rows of it."""
-        a_map, first = self._whole.maps[index], self._first(index)
+        a_map, first = self._whole.maps[index], self._held(index).first
         whole = a_map.empty(band.device)
         ranges = [own_rows(a_map.shape[2], rank, self._n_ranks) for rank in range(self._n_ranks)]
         start, stop = ranges[self._rank].seen_from(first)
@@ -263,8 +169,7 @@ class Bands:
         others = [rank for rank in range(self._n_ranks) if rank != self._rank]
         incoming = []
         for rank in others:
-            height = ranges[rank].last - ranges[rank].first
-            room = replace(a_map, shape=(*a_map.shape[:2], height, a_map.shape[3]))
+            room = a_map.with_rows(ranges[rank].last - ranges[rank].first)
             incoming.append(Rows(rank, room.empty(band.device)))
         self._exchange.swap([Rows(rank, own) for rank in others], incoming)
         for rank, content in [(self._rank, own), *incoming]:
@@ -279,8 +184,8 @@ class Bands:
         """Return this rank's part of the gradient of an input, given that of the band of it."""
         shape = list(self._whole.maps[index].shape)
         if index in self._given_bands:
-            first, last = self._given(index)
-            shape[2] = last - first
+            given = self._given(index, self._rank)
+            shape[2] = given.last - given.first
         part = band.new_zeros(shape).contiguous(memory_format=torch.channels_last)
         self.band_of_input(index, part).copy_(band)
         return part
@@ -314,37 +219,3 @@ def _zero(cursor: Cursor, n: int) -> None:
         cursor.get(i).zero_()
         cursor.commit(i)
     cursor.finish()
-
-
-def _read_rows(program: Program, segment: Segment, rank: int, n_ranks: int) -> Range:
-    """Return the rows of its source maps that a rank's part of a segment reads."""
-    n_rows = segment.source_shape[2]
-    operation = segment.operation
-    if operation is None or segment.out is None or isinstance(operation, GlobalPooling):
-        return own_rows(n_rows, rank, n_ranks)
-    own = own_rows(program.maps[segment.out].shape[2], rank, n_ranks)
-    return Range(*clipped(*operation.input_rows(*own), n_rows))
-
-
-def _held_rows(program: Program, rank: int, n_ranks: int) -> dict[int, Range]:
-    """Return the rows that a rank holds of maps of each height: its own, and all that it reads.
-
-    Maps of one height are held alike, so that an expression finds the same rows of all of them.
-    """
-    heights = {a_map.shape[2] for a_map in program.maps}
-    held = {n_rows: own_rows(n_rows, rank, n_ranks) for n_rows in heights}
-    for segment in program.segments:
-        n_rows = segment.source_shape[2]
-        held[n_rows] = held[n_rows].joined(_read_rows(program, segment, rank, n_ranks))
-    return held
-
-
-def _united(ranges: Sequence[Range]) -> list[Range]:
-    """Return the rows that any of `ranges` has, in order, each once."""
-    united: list[Range] = []
-    for rows in sorted(r for r in ranges if r.last > r.first):
-        if united and rows.first <= united[-1].last:
-            united[-1] = united[-1].joined(rows)
-        else:
-            united.append(rows)
-    return united

@@ -43,9 +43,9 @@ class Operation(ABC):
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
         """Return the input rows that output rows [first, last) read."""
 
+    @abstractmethod
     def moved(self, out_first: int, in_first: int) -> "Operation":
         """Return the operation on maps that begin with these rows of the whole ones."""
-        raise NotImplementedError(type(self).__name__)
 
     @abstractmethod
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
@@ -272,6 +272,10 @@ class GlobalPooling(Operation):
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
         """See `Operation`; a strip of its input is reduced where it is."""
         return first, last
+
+    def moved(self, out_first: int, in_first: int) -> "GlobalPooling":
+        """See `Operation`; it looks at no row's number."""
+        return self
 
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """Return what the strip alone gives, float32 or float64 (k, C): its sum, or its maximum."""

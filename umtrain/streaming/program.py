@@ -7,7 +7,7 @@ alone, and again in backward.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,11 @@ class Map:
         """Return the strips in which it is made."""
         n_images, _, n_rows, _ = self.shape
         return cut_rows(n_images, n_rows, self.own, rows_per_strip)
+
+    def with_rows(self, n_rows: int, n_images: int | None = None) -> "Map":
+        """Return a map of another height, and of `n_images` images if they are given."""
+        images, channels, _, columns = self.shape
+        return replace(self, shape=(n_images or images, channels, n_rows, columns))
 
     @property
     def n_bytes(self) -> int:
