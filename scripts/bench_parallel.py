@@ -146,10 +146,10 @@ def work(strategy, mode, sync, res, steps):
         for _ in range(steps + 1):
             before = dict(vars(world.traffic))
             start_s = time.perf_counter()
-            share = ranks.start_batch(n_images, True) / n_images
+            share = ranks.start_batch(["x"], True) / n_images
             with used.step():
                 (model(x).square().sum() * share).backward()
-            ranks.finish_step(0.0)
+            ranks.finish_step([])
             optimizer.step()
             optimizer.zero_grad()
             times.append(time.perf_counter() - start_s)

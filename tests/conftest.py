@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -43,5 +44,23 @@ def umtrain():
             timeout=timeout_s,
             env=env,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def in_own_mounts():
+    """Run a command where a shell line has mounted something for it alone; skip if that is barred.
+
+    Return the finished process.
+    """
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    probe = [*alone, "mount -t tmpfs -o size=64k none /mnt"]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("this machine gives a process no mounts of its own")
+
+    def run(mount, *command, cwd=None):
+        words = [*alone, f'{mount} && exec "$@"', "sh", *map(str, command)]
+        return subprocess.run(words, cwd=cwd, capture_output=True, text=True)
 
     return run

@@ -103,6 +103,17 @@ def test_the_slide_model_is_fitted_on_training_slides_and_read_back(manifest, tm
     assert loss == pytest.approx(-np.mean(np.log(right)))
 
 
+def test_a_slide_that_cannot_be_read_has_no_map_and_is_noted(manifest, tmp_path):
+    whole = manifest.split("test")[0]
+    cut = dataclasses.replace(whole, path=tmp_path / "cut.tif")
+    cut.path.write_bytes(whole.path.read_bytes()[:1000])
+    records = tuple(cut if r is whole else r for r in manifest.records)
+    task = make_task(dataclasses.replace(manifest, records=records))
+    found = two_stage.probability_maps(task, colour_network(), "test", tmp_path, Console())
+    assert [slide.id for slide, _ in found] == ["slide_0005"]
+    assert [entry["id"] for entry in task.skipped.entries] == ["slide_0004"]
+
+
 def test_without_a_slide_model_there_is_no_prediction(manifest, tmp_path):
     with pytest.raises(RunError, match="no such slide model"):
         two_stage.slide_rows(make_task(manifest), colour_network(), "test", tmp_path, Console())

@@ -17,11 +17,12 @@ from torch import nn
 
 from umtrain.console import Console
 from umtrain.data.dataset import SampleKey, SlideDataset
-from umtrain.data.loader import collate
+from umtrain.data.isolated import call_isolated
+from umtrain.data.loader import read_batch
 from umtrain.data.manifest import AnyRecord, Radiograph, Slide, Split
 from umtrain.data.radiograph import read_radiograph
 from umtrain.data.wsi import SlideFrame, SlideInfo, plan_frame, read_slide, slide_info
-from umtrain.errors import DataError, OutOfMemoryError, UmtrainError
+from umtrain.errors import DataError, OutOfMemoryError
 from umtrain.evaluation.contours import Area, Level, MapGrid, ToL0, contour_collection
 from umtrain.evaluation.gradcam import grad_cam
 from umtrain.files import write_atomic, write_text
@@ -219,8 +220,7 @@ def grad_cam_maps(
         del sample
 
         def explain(slide_id: str) -> SlideMap:
-            batch = collate([dataset[SampleKey(0, positions[slide_id])]])
-            assert not isinstance(batch, UmtrainError)
+            batch = read_batch(dataset, SampleKey(0, positions[slide_id]))
             with strategy.guard(), autocast(device, precision):
                 with torch.no_grad():
                     features = prepared(task.inputs(batch, device, dtype))
@@ -280,12 +280,13 @@ def write_slide_map(place: Path, slide: Slide, explained: SlideMap, title: str) 
     `title` heads the picture. Returns the number of contours. Raises DataError if the slide cannot
     be read.
     """
-    info = slide_info(slide.path)
     res, fit, mpp = explained.view
-    frame = plan_frame(info, res, fit, mpp, slide.mpp)
     # The same square at another size, read anew: from a coarse level, so it costs next to nothing.
     shown_mpp = None if mpp is None else mpp * res / _SHOWN_PX
-    picture, shown = read_slide(slide.path, _SHOWN_PX, fit=fit, mpp=shown_mpp, slide_mpp=slide.mpp)
+    read = partial(read_slide, res=_SHOWN_PX, fit=fit, mpp=shown_mpp, slide_mpp=slide.mpp)
+    picture, shown = call_isolated(read, slide.path)
+    info = call_isolated(slide_info, slide.path)
+    frame = plan_frame(info, res, fit, mpp, slide.mpp)
     own_mpp = slide.mpp if slide.mpp is not None else info.mpp
     shares, grid = explained.shares, explained.grid
     area = _slide_area(frame, info, res)
@@ -332,7 +333,9 @@ def _draw_film(records: dict[str, AnyRecord], row: Row, place: Path) -> str:
     assert isinstance(film, Radiograph)
     true, predicted = (_keypoints(row, kind) for kind in ("true", "pred"))
     spacing_mm = row["row_mm_per_px"], row["mm_per_px"]
-    canvas = sva_on_film(read_radiograph(film.path).pixels, true, predicted, spacing_mm)
+    canvas = sva_on_film(
+        call_isolated(read_radiograph, film.path).pixels, true, predicted, spacing_mm
+    )
     save_picture(canvas, _file(place, ".png"))
     return (
         f"{film.id}, SVA {true.sva_mm:+.1f} mm, predicted {predicted.sva_mm:+.1f} mm, error "

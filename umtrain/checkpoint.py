@@ -1,8 +1,15 @@
-"""Checkpoints: whole files of tensors and plain values, loaded without running code."""
+"""Checkpoints: whole, checksummed files of tensors and plain values, loaded without running code.
 
+`step-00000012.pt` is all that training needs to go on after step 12; `best.pt` is the weights of
+the best epoch alone, for evaluation.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from umtrain.errors import RunError
@@ -10,13 +17,45 @@ from umtrain.files import write_atomic
 
 FOLDER = "checkpoints"
 BEST = "best.pt"
-LAST = "last.pt"
+
+_DIGEST = "sha256"
+_DAMAGED = ".damaged"
+_N_KEPT = 2
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint after `step` in a run's folder of checkpoints."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint was written after, by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def step_paths(folder: Path) -> list[Path]:
+    """Return the checkpoints of `folder` that training can go on from, newest first."""
+    return sorted(folder.glob("step-????????.pt"), reverse=True)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values) to `path`, atomically."""
-    path.parent.mkdir(exist_ok=True)
-    write_atomic(path, lambda stream: torch.save(state, stream))
+    """Write `state` (tensors and plain values) to `path`, atomically, with its checksum.
+
+    Raises RunError if the disk does not take it; what was at `path` before stays.
+    """
+    plain = _plain(state)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, lambda stream: torch.save({**plain, _DIGEST: _digest(plain)}, stream))
+    except (OSError, RuntimeError) as error:
+        # torch reports a stream that fails as its own error, with ours behind it.
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise RunError(
+            f"{path}: the checkpoint could not be written ({cause.strerror}); earlier ones are "
+            "whole. Free some of that disk, then start the run again: it goes on from the last one"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -26,10 +65,92 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        written = state.pop(_DIGEST)
     except FileNotFoundError:
         raise RunError(f"{path}: no such checkpoint; the run has not finished an epoch") from None
     except Exception as error:
-        raise RunError(
-            f"{path}: damaged or not a checkpoint of umtrain; train again, or restore the file"
-        ) from error
+        raise RunError(_damaged(path, "cannot be read")) from error
+    if written != _digest(state):
+        raise RunError(_damaged(path, "its checksum is that of another content"))
     return state
+
+
+def newest_checkpoint(
+    folder: Path, say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint that is whole, and its state; None if there never was one.
+
+    Damaged ones are renamed, and `say` is told. Raises RunError if there are only such.
+    """
+    paths = step_paths(folder)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path)
+        except RunError as error:
+            say(str(error))
+            path.replace(path.with_suffix(_DAMAGED))
+    if paths or any(folder.glob(f"step-*{_DAMAGED}")):
+        raise RunError(
+            f"{folder}: every checkpoint is damaged; restore one from a copy, or start over in a "
+            "new run_dir"
+        )
+    return None
+
+
+def prune(folder: Path, best_steps: Iterable[int]) -> None:
+    """Remove all but the last checkpoints, and what was the best when each was written."""
+    paths = step_paths(folder)
+    kept = {step_of(path) for path in paths[:_N_KEPT]}
+    bests = {max((best for best in best_steps if best <= step), default=step) for step in kept}
+    for path in paths:
+        if step_of(path) not in kept | bests:
+            path.unlink()
+    for path in folder.glob(f"step-*{_DAMAGED}"):
+        path.unlink()
+
+
+def _damaged(path: Path, why: str) -> str:
+    return (
+        f"{path}: damaged or not a checkpoint of umtrain ({why}); train again, or restore the file"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with Python's numbers for NumPy's, which weights_only does not load."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _digest(state: Any) -> str:
+    """Return the SHA-256 of all that `state` holds, whatever file it lies in.
+
+    torch's own zip files have checksums, but torch does not look at them.
+    """
+    digest = hashlib.sha256()
+    _add(state, digest.update)
+    return digest.hexdigest()
+
+
+def _add(value: Any, update: Callable[[Any], None]) -> None:
+    if isinstance(value, torch.Tensor):
+        update(f"{value.dtype}{tuple(value.shape)}".encode())
+        update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            update(f"{key!r}:".encode())
+            _add(item, update)
+    elif isinstance(value, list | tuple):
+        update(f"[{len(value)}".encode())
+        for item in value:
+            _add(item, update)
+    else:
+        update(repr(value).encode())
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -38,9 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UmtrainError as error:
         _complain(error)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if _rank() == 0:
-            print("umtrain: interrupted", file=sys.stderr)
+            print(f"umtrain: {error if str(error) else 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; there is no one to tell.
@@ -84,9 +84,15 @@ def _run(command: str, words: list[str]) -> int:
 
 
 def _fit(words: list[str]) -> int:
-    from umtrain.config import load_config
+    from umtrain.config import RESUME_WORDS, load_config
 
-    config = load_config(words)
+    resume = next((word[7:] for word in words if word.startswith("resume=")), "auto")
+    if resume in RESUME_WORDS:
+        config = load_config(words)
+    else:
+        from umtrain.run_dir import continued_config
+
+        config = continued_config(words)
     from umtrain.parallel.world import joined
     from umtrain.runner import fit
 

@@ -31,7 +31,10 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "parallel": ("data", "spatial"),
     "logger": ("none", "tensorboard"),
+    "on_nan": ("stop", "skip"),
 }
+# What resume= takes beside a path.
+RESUME_WORDS = ("auto", "never")
 GROUPS = ("dataset", "model", "memory", "optim")
 # What a folder of conf/ sets other keys for: the groups, and a root key that is chosen like one.
 _CHOSEN = (*GROUPS, "approach")
@@ -39,6 +42,10 @@ _MODEL_TASKS = {"resnet50": "wsi", "resnet101": "wsi", "resunet35": "spine"}
 RES_MULTIPLE_PX = 64
 # Below it the deepest map is a single pixel, which has no spread to normalise by.
 _LEAST_SPINE_RES = 128
+_N_SHOWN_CHARACTERS = 200
+# Far beyond what any machine holds, far below where the arithmetic of sizes overflows.
+_MOST_PIXELS = 2**45
+_MOST = 2**31 - 1
 
 
 def _key(help_text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -58,6 +65,8 @@ class DatasetConfig:
     positive: str | None = _key("label that counts as positive; null: the last in order", None)
     augment: bool = _key("random flips, turns, stain or intensity jitter in training", True)
     workers: int = _key("processes that read ahead while a step trains", 1)
+    read_timeout_s: float = _key("seconds that reading one image may take", 600.0)
+    max_bad_fraction: float = _key("share of a split that may be left out as unreadable", 0.05)
     patches_per_slide: int | None = _key(
         "patches drawn from a slide each epoch, for approach=two_stage", None
     )
@@ -125,6 +134,10 @@ class RunConfig:
     seed: int = _key("seed of weights, order and augmentation", 0)
     cases: int = _key("worst test images that are drawn, slides with Grad-CAM", 3)
     run_dir: str | None = _key("folder of the run; null: a new one in runs/", None)
+    resume: str = _key("auto: go on with what is in run_dir; never; or a run or checkpoint", "auto")
+    checkpoint_minutes: float = _key("a long epoch is saved this often", 10.0)
+    signal_grace_s: float = _key("seconds that a step may take to end after SIGTERM", 30.0)
+    on_nan: str = _key("a loss that is no number: stop, or skip its update", "stop")
     trace: bool = _key("write trace.json and timeline.png of one step", False)
     logger: str = _key("dashboard that follows the run", "none")
 
@@ -178,6 +191,16 @@ def load_config(overrides: list[str]) -> RunConfig:
     config = config_from_dict(typing.cast(dict[str, Any], values))
     _check_files(config)
     return config
+
+
+def override_values(overrides: list[str]) -> dict[str, Any]:
+    """Return the keys and groups that `key=value` overrides name, with the values they give.
+
+    Raises ConfigError for unknown keys, options of groups, and several values.
+    """
+    _check_overrides(overrides)
+    parsed = map(_parse_override, overrides)
+    return {override.key_or_group: override.value() for override in parsed}
 
 
 def sweep_axes(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -257,6 +280,11 @@ def check_config(config: RunConfig) -> None:
 def _check_overrides(overrides: list[str]) -> None:
     known = list(schema_keys())
     for text in overrides:
+        if "${" in text:
+            raise ConfigError(
+                f"{_cut(text)}: a value is taken as it is, and ${{…}} would be looked up, in the "
+                "environment for example; write what it stands for"
+            )
         override = _parse_override(text)
         key = override.key_or_group
         if key not in known and key not in GROUPS:
@@ -271,6 +299,12 @@ def _check_overrides(overrides: list[str]) -> None:
             raise ConfigError(_unknown(f"{key}", str(override.value()), group_options(key)))
 
 
+def _cut(value: object) -> str:
+    """Return a value as a message shows it: the first of a long one, no items of a nested one."""
+    text = str(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    return text if len(text) <= _N_SHOWN_CHARACTERS else f"{text[:_N_SHOWN_CHARACTERS]}…"
+
+
 def _parse_override(text: str) -> Any:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -280,12 +314,12 @@ def _parse_override(text: str) -> Any:
     _, equals, value = text.partition("=")
     try:
         return OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:
         if equals and value:
-            hint = f"quote a value with special characters: {_in_shell(text)}"
+            hint = f"quote a value with special characters: {_cut(_in_shell(text))}"
         else:
             hint = "write key=value, for example res=1024"
-        raise ConfigError(f"{text!r} is not an override; {hint}") from error
+        raise ConfigError(f"{_cut(text)!r} is not an override; {hint}") from error
 
 
 def _in_shell(text: str) -> str:
@@ -300,10 +334,12 @@ def _unknown(what: str, got: str, options: list[str]) -> str:
         near = difflib.get_close_matches(got, options, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     kind = "unknown key" if what == "key" else f"unknown {what}"
-    return f"{kind} {got!r}.{hint}\nPossible: {', '.join(options)}"
+    return f"{kind} {_cut(got)!r}.{hint}\nPossible: {', '.join(options)}"
 
 
 def _build(schema: type[Any], values: dict[str, Any], prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the configuration'}: expected keys and values")
     hints = typing.get_type_hints(schema)
     names = [item.name for item in dataclasses.fields(schema)]
     unknown = [name for name in values if name not in names]
@@ -329,7 +365,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise ConfigError(f"{key}={value}: expected a list of names, e.g. {key}=[a,b]")
+        raise ConfigError(f"{key}={_cut(value)}: expected a list of names, e.g. {key}=[a,b]")
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -341,7 +377,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if type(value) is target:
         return value
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{key}={value}: expected {expected[target]}")
+    raise ConfigError(f"{key}={_cut(value)}: expected {expected[target]}")
 
 
 def _check_choices(config: RunConfig) -> None:
@@ -378,14 +414,27 @@ def _check_numbers(config: RunConfig) -> None:
             at_least[key] = 1
     for key, least in at_least.items():
         if _value(config, key) < least:
-            raise ConfigError(f"{key}={_value(config, key)}: must be at least {least}")
+            raise ConfigError(f"{key}={_cut(_value(config, key))}: must be at least {least}")
+        if _value(config, key) > _MOST:
+            raise ConfigError(f"{key}={_cut(_value(config, key))}: must be at most {_MOST}")
+    if config.batch_size * config.res**2 > _MOST_PIXELS:
+        raise ConfigError(
+            f"res={config.res} batch_size={config.batch_size}: a batch of more than {_MOST_PIXELS} "
+            "pixels is beyond every memory; choose smaller ones"
+        )
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must be at least 0 and below 2**63")
     positive = ["optim.lr", "dataset.aspect", "dataset.mpp", "optim.clip_norm"]
+    positive.append("dataset.read_timeout_s")
     for key in positive:
         value = _value(config, key)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{key}={value}: must be more than 0, and finite")
+    for key in ("checkpoint_minutes", "signal_grace_s"):
+        if not 0 <= _value(config, key) < math.inf:
+            raise ConfigError(f"{key}={_value(config, key)}: must be at least 0, and finite")
+    if not 0 <= config.dataset.max_bad_fraction <= 1:
+        raise ConfigError("dataset.max_bad_fraction: must be at least 0 and at most 1")
     if not 0 <= config.optim.warmup_fraction < 1:
         raise ConfigError("optim.warmup_fraction: must be at least 0 and below 1")
     for key in ("memory.device_budget", "memory.host_budget", "memory.group_bytes"):

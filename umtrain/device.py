@@ -1,6 +1,8 @@
 """What this machine can compute with: resolves device=auto and precision=auto."""
 
 import platform
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +37,26 @@ def cpu_has_bf16() -> bool:
     """Tell whether this CPU has bf16 dot products (AVX512-BF16 or AMX), by its own flags."""
     flags = _cpu_info("flags").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+# How the errors of CUDA and its libraries begin, as torch reports them.
+_FAILURES = ("CUDA error", "CUDA driver error", "cuDNN error", "cuBLAS error", "NCCL error")
+
+
+@contextmanager
+def naming_device_failures() -> Generator[None]:
+    """Turn what torch says when a GPU has failed, or has gone, into DeviceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not (isinstance(error, torch.AcceleratorError) or text.startswith(_FAILURES)):
+            raise
+        raise DeviceError(
+            f"the GPU failed ({text.splitlines()[0] if text else 'no reason given'}); see "
+            "`nvidia-smi` and the system's log, then start the run again: it goes on from its "
+            "last checkpoint"
+        ) from error
 
 
 def device_name(device: torch.device) -> str:

@@ -48,3 +48,7 @@ class OutOfMemoryError(UmtrainError):
 
 class RankError(UmtrainError):
     """One of several processes that train together has ended."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to end; the text says which, and how to go on."""

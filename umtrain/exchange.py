@@ -95,7 +95,7 @@ def join_moments(
     sent = torch.cat([counted, mean.double().flatten(), square.double().flatten()])
     found = exchange.gather(sent)
     counts, means, squares = found[:, :1], *found[:, 1:].chunk(2, dim=1)
-    total = counts.sum()
+    total = counts.sum().clamp(min=1)  # all of them may be idle
     joint = (counts * means).sum(0) / total
     spread = squares.sum(0) + (counts * (means - joint).square()).sum(0)
     return joint.view_as(mean), (spread / total).view_as(mean), total

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# What `atomic_path` calls a file that is not whole yet.
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")
 
 
 @contextmanager
@@ -44,6 +48,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as JSON that every reader takes (no NaN), atomically."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `atomic_path` left in `folder` and below when its process was killed.
+
+    For folders that no other process writes to meanwhile.
+    """
+    for path in folder.rglob(".*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def _umask() -> int:

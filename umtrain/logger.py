@@ -36,11 +36,12 @@ class RunLogger:
 class TensorBoardLogger(RunLogger):
     """Writes event files into `folder`; look at them with `tensorboard --logdir runs`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
-        self._writer: Any = SummaryWriter(str(folder))
+        # What was told of later steps before a kill is not shown.
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step)
 
     def step(self, number: int, scalars: dict[str, float]) -> None:
         """See `RunLogger`."""
@@ -87,6 +88,8 @@ def check_logger(name: str) -> None:
         )
 
 
-def create_logger(name: str, run_dir: Path) -> RunLogger:
-    """Return the logger `name`, "none" or "tensorboard", of a run."""
-    return TensorBoardLogger(run_dir / FOLDER) if name == "tensorboard" else RunLogger()
+def create_logger(name: str, run_dir: Path, first_step: int = 1) -> RunLogger:
+    """Return the logger `name`, "none" or "tensorboard", of a run that begins at `first_step`."""
+    if name == "tensorboard":
+        return TensorBoardLogger(run_dir / FOLDER, first_step)
+    return RunLogger()

@@ -1,4 +1,4 @@
-"""A run directory: made once, never overwritten, read back by `eval` and `report`."""
+"""A run directory: made once, gone on with, read back by `eval` and `report`."""
 
 import csv
 import io
@@ -10,7 +10,14 @@ from typing import Any
 import yaml
 
 from umtrain.checkpoint import BEST, FOLDER
-from umtrain.config import RunConfig, config_from_dict, config_to_dict
+from umtrain.config import (
+    GROUPS,
+    RESUME_WORDS,
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    override_values,
+)
 from umtrain.errors import ConfigError, RunError, UmtrainError
 from umtrain.files import write_text
 from umtrain.report.record import RECORD_NAME, read_record
@@ -23,7 +30,12 @@ Row = dict[str, Any]
 
 
 def choose_run_dir(config: RunConfig) -> Path:
-    """Return the folder the run will have; raises ConfigError if there is something in it."""
+    """Return the folder that the run has or will have.
+
+    Raises ConfigError if there is something in it that this run cannot go on with.
+    """
+    if config.resume not in RESUME_WORDS:
+        return _resumed_dir(config)
     if config.run_dir is None:
         stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         approach = "" if config.approach == "no_fuss" else f"-{config.approach}"
@@ -33,16 +45,68 @@ def choose_run_dir(config: RunConfig) -> Path:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file; name a folder")
     if run_dir.exists() and any(run_dir.iterdir()):
+        if config.resume == "never":
+            raise ConfigError(
+                f"run_dir={run_dir} is not empty; name a new folder, or go on with the run in it "
+                "with resume=auto"
+            )
+        if not (run_dir / CONFIG).is_file():
+            raise ConfigError(f"run_dir={run_dir} is not empty, and no run; name a new folder")
+    return run_dir
+
+
+def checkpoint_of(config: RunConfig) -> Path | None:
+    """Return the checkpoint that resume= names; None if it names a run, or nothing."""
+    path = Path(config.resume).expanduser()
+    return path if config.resume not in RESUME_WORDS and path.is_file() else None
+
+
+def continued_config(overrides: list[str]) -> RunConfig:
+    """Return the configuration of the run that `resume=PATH` among `overrides` names.
+
+    The other overrides replace its values. Raises ConfigError or RunError.
+    """
+    changes: dict[str, Any] = override_values(overrides)
+    run_dir = _run_of(Path(str(changes["resume"])).expanduser())
+    for group in GROUPS:
+        if group in changes:
+            changes[f"{group}.name"] = changes.pop(group)
+    return read_run_config(run_dir, changes)
+
+
+def _resumed_dir(config: RunConfig) -> Path:
+    run_dir = _run_of(Path(config.resume).expanduser())
+    named = Path(config.run_dir).expanduser() if config.run_dir else run_dir
+    if named.resolve() != run_dir.resolve():
         raise ConfigError(
-            f"run_dir={run_dir} is not empty; name a new folder, or remove the old run first"
+            f"resume={config.resume} goes on in {run_dir}, not in run_dir={config.run_dir}; "
+            "leave run_dir out"
         )
     return run_dir
 
 
-def create_run_dir(run_dir: Path, config: RunConfig) -> None:
-    """Make the folder with the run's config.yaml in it."""
+def _run_of(path: Path) -> Path:
+    """Return the run directory that is, or whose checkpoint is, at `path`."""
+    run_dir = path.parent.parent if path.is_file() else path
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(
+            f"resume={path}: no run there; name a run directory, one of its checkpoints, auto or "
+            "never"
+        )
+    return run_dir
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Make the folder if it is not there. Raises RunError."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{run_dir}: cannot be made ({error.strerror})") from error
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write the run's config.yaml."""
+    try:
         write_text(run_dir / CONFIG, yaml.safe_dump(config_to_dict(config), sort_keys=False))
     except OSError as error:
         raise RunError(f"{run_dir}: cannot be written ({error.strerror})") from error
@@ -62,8 +126,13 @@ def read_run_config(run_dir: Path, changes: dict[str, Any]) -> RunConfig:
         return config_from_dict(values)
     except UmtrainError:
         raise
-    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: not readable as a run's configuration ({error})") from error
+    except yaml.YAMLError as error:
+        raise RunError(
+            f"{path}: not readable as a run's configuration: it must hold plain values, nothing "
+            f"that makes objects ({type(error).__name__}); restore the file"
+        ) from error
 
 
 def newest_run(runs: Path = RUNS) -> Path:

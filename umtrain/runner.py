@@ -1,9 +1,11 @@
 """The one runner: data, model, strategy, loop, record."""
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -13,14 +15,21 @@ from torch import nn
 
 from umtrain import memory, tasks, two_stage
 from umtrain.cases import Explain, grad_cam_maps, remove_cases, write_cases
-from umtrain.checkpoint import BEST, FOLDER, load_checkpoint
+from umtrain.checkpoint import BEST, FOLDER, load_checkpoint, step_of, step_paths
+from umtrain.clock import RunClock
 from umtrain.config import RunConfig, run_identity
 from umtrain.console import Console, format_duration
 from umtrain.data.demo import demo_manifest, demo_spec
 from umtrain.data.labels import positive_class
 from umtrain.data.manifest import Kind, Manifest, Slide, Split, read_manifest
-from umtrain.device import device_name, resolve_device, resolve_precision
-from umtrain.errors import ConfigError, DataError, OutOfMemoryError, RunError
+from umtrain.device import (
+    device_name,
+    naming_device_failures,
+    resolve_device,
+    resolve_precision,
+)
+from umtrain.errors import ConfigError, DataError, Interrupted, OutOfMemoryError, RunError
+from umtrain.lock import run_lock
 from umtrain.logger import RunLogger, check_logger, create_logger
 from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.base import Strategy
@@ -29,17 +38,21 @@ from umtrain.memory.working_set import measure_working_sets
 from umtrain.parallel.ranks import world_facts
 from umtrain.parallel.scratch import run_dir_of_rank
 from umtrain.parallel.world import alone, world
+from umtrain.randomness import seed_all
 from umtrain.report import html
 from umtrain.report.record import Record, environment, read_record, write_record
 from umtrain.report.tables import group_table, run_table
+from umtrain.resume import Start, plan_start
 from umtrain.run_dir import (
     choose_run_dir,
-    create_run_dir,
+    make_run_dir,
     newest_run,
     read_predictions,
     read_run_config,
+    write_config,
     write_predictions,
 )
+from umtrain.signals import StopRequest
 from umtrain.tasks import AnyManifest, Row, Task
 from umtrain.training import Trainer, autocast, inference, input_dtype, ranks_of
 
@@ -53,41 +66,76 @@ def fit(config: RunConfig, console: Console) -> Path:
     written however the run ends: ok, oom, failed or interrupted. Raises UmtrainError for what the
     user can mend and OutOfMemoryError when memory ran out.
     """
-    started_s = time.monotonic()
+    clock = RunClock()
     check_logger(config.logger)
     recycle_large_buffers()
-    with run_dir_of_rank(lambda: choose_run_dir(config)) as run_dir:
-        _fit(config, run_dir, started_s, console)
-    return run_dir
-
-
-def _fit(config: RunConfig, run_dir: Path, started_s: float, console: Console) -> None:
     device = resolve_device(config.device)
     config = dataclasses.replace(
         config, device=device.type, precision=resolve_precision(config.precision, device)
     )
-    with world().main_first():
-        config, manifest = _with_manifest(config, console)
-    task = tasks.create(config, manifest)
-    create_run_dir(run_dir, config)
-    console.open_log(run_dir / "log.txt")
+    with (
+        StopRequest(config.signal_grace_s) as stop,
+        run_dir_of_rank(lambda: choose_run_dir(config)) as run_dir,
+    ):
+        with world().main_first():
+            config, manifest = _with_manifest(config, console)
+        task = tasks.create(config, manifest)
+        make_run_dir(run_dir)
+        with run_lock(run_dir), _how_to_go_on(run_dir):
+            console.open_log(run_dir / "log.txt")
+            try:
+                _fit_in(run_dir, task, device, console, clock, stop)
+            finally:
+                console.close_log()
+    return run_dir
+
+
+def _fit_in(
+    run_dir: Path,
+    task: Task,
+    device: torch.device,
+    console: Console,
+    clock: RunClock,
+    stop: StopRequest,
+) -> None:
+    """Begin, go on with or finish the run whose directory this process holds."""
+    config, is_main = task.config, world().is_main
+    start = _agreed_start(run_dir, task, console)
+    if start.is_over:
+        console.say(f"{run_dir} is finished; nothing is left to do")
+        if is_main:
+            _publish(run_dir, read_record(run_dir), console)
+        return
+    write_config(run_dir, config)
     record = _new_record("fit", task, device)
-    logger = create_logger(config.logger if world().is_main else "none", run_dir)
+    first_step = 1 + (step_of(start.checkpoint) if start.checkpoint else 0)
+    logger = create_logger(config.logger if is_main else "none", run_dir, first_step)
+    session = _Session(run_dir, device, console, logger, clock, stop, start)
     try:
-        with _outcome(record, run_dir, started_s):
+        with _outcome(record, run_dir, clock):
             _describe(task, device, run_dir, console)
-            _train(two_stage.network_task(task), device, run_dir, record, console, logger)
-            if config.approach == two_stage.NAME:
-                _finish_two_stage(task, device, run_dir, record, console)
-            else:
-                _test(task, device, run_dir, record, console)
-        if world().is_main:
+            with naming_device_failures():
+                _train(two_stage.network_task(task), session, record)
+                if config.approach == two_stage.NAME:
+                    _finish_two_stage(task, device, run_dir, record, console)
+                else:
+                    _test(task, device, run_dir, record, console)
+        if is_main:
             _publish(run_dir, record, console)
             pictures = sorted([*run_dir.glob("*.png"), *run_dir.glob("cases/*.png")])
             logger.pictures(record["train"]["steps"], pictures)
     finally:
         logger.close()
-        console.close_log()
+
+
+def _agreed_start(run_dir: Path, task: Task, console: Console) -> Start:
+    """Return how the first rank's run directory says that the session begins, on every rank."""
+    start = Start()
+    if world().is_main:
+        start = plan_start(run_dir, task.config, task.manifest.sha256, console.say)
+        if start.checkpoint:
+            start = dataclasses.replace(start, checkpoint=start.checkpoint.absolute())
+    return world().tell(start)
 
 
 def _finish_two_stage(
@@ -98,6 +146,33 @@ def _finish_two_stage(
         with alone():
             _fit_slide_model(task, device, run_dir, record, console)
             _test(task, device, run_dir, record, console)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What one process brings to a run."""
+
+    run_dir: Path
+    device: torch.device
+    console: Console
+    logger: RunLogger
+    clock: RunClock
+    stop: StopRequest
+    start: Start
+
+
+@contextmanager
+def _how_to_go_on(run_dir: Path) -> Iterator[None]:
+    """Have an interruption say what to type next."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        steps = step_paths(run_dir / FOLDER)
+        saved = f"saved after step {step_of(steps[0])}" if steps else "nothing to save yet"
+        command = f"umtrain fit resume={shlex.quote(str(run_dir))}"
+        raise Interrupted(
+            f"{str(error) or 'interrupted'}, {saved}; go on with: {command}"
+        ) from error
 
 
 def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], console: Console) -> Path:
@@ -121,13 +196,17 @@ def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], consol
             "differs); evaluate with the same rows, or train a run on the new ones"
         )
     task = tasks.create(config, manifest)
+    task.skipped.restore(e for e in record["data"]["skipped"] if e["split"] != split)
+    record["data"]["skipped"] = task.skipped.entries
     if not manifest.split(split):
         raise ConfigError(f"split={split}: {manifest.path} has no rows of this split")
     if config.approach == two_stage.NAME and not world().is_main:
         return run_dir  # maps of slides are made by the first rank alone
     console.say(f"evaluating {run_dir} on {len(manifest.split(split))} images of split {split}")
-    _evaluate_split(task, split, device, run_dir, record, console, config.cases)
-    if world().is_main:
+    is_main = world().is_main
+    with run_lock(run_dir) if is_main else nullcontext(), naming_device_failures():
+        _evaluate_split(task, split, device, run_dir, record, console, config.cases)
+    if is_main:
         _publish(run_dir, record, console)
     return run_dir
 
@@ -203,7 +282,7 @@ def _new_record(command: str, task: Task, device: torch.device) -> Record:
             "n_patients": {split: _n_patients(manifest, split) for split in get_args(Split)},
             **_scale(manifest),
             **task.data_facts,
-            "skipped": [],
+            "skipped": task.skipped.entries,
         },
         "reasons": {},
     }
@@ -223,7 +302,7 @@ def _scale(manifest: AnyManifest) -> Record:
 
 
 @contextmanager
-def _outcome(record: Record, run_dir: Path, started_s: float) -> Iterator[None]:
+def _outcome(record: Record, run_dir: Path, clock: RunClock) -> Iterator[None]:
     """Set the record's status by how the block ends, and write it in every case."""
     reason = None
     try:
@@ -232,20 +311,29 @@ def _outcome(record: Record, run_dir: Path, started_s: float) -> Iterator[None]:
     except OutOfMemoryError as error:
         record["status"], reason = "oom", str(error)
         raise
-    except KeyboardInterrupt:
-        record["status"], reason = "interrupted", "interrupted by the user"
+    except KeyboardInterrupt as error:
+        record["status"], reason = "interrupted", str(error) or "interrupted by the user"
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
-        record["elapsed_s"] = time.monotonic() - started_s
+        record["started_at_s"], record["elapsed_s"] = clock.started_at_s, clock.elapsed_s
         if reason is not None:
             record["reasons"]["status"] = reason
             for section in ("throughput", "memory_use", "train", "val", "test"):
                 if record[section] is None:
                     record["reasons"][section] = f"the run ended before it: {reason}"
+        _write_last_record(run_dir, record, is_well=reason is None)
+
+
+def _write_last_record(run_dir: Path, record: Record, *, is_well: bool) -> None:
+    try:
         write_record(run_dir, record)
+    except OSError:
+        # What ended the run, such as a full disk, has to be seen, not that its record failed too.
+        if is_well:
+            raise
 
 
 def _describe(task: Task, device: torch.device, run_dir: Path, console: Console) -> None:
@@ -266,25 +354,26 @@ def _describe(task: Task, device: torch.device, run_dir: Path, console: Console)
     console.say(f"compute  {device_name(device)}, {config.precision}, memory={config.memory.name}")
 
 
-def _train(
-    task: Task,
-    device: torch.device,
-    run_dir: Path,
-    record: Record,
-    console: Console,
-    logger: RunLogger,
-) -> None:
-    config = task.config
-    torch.manual_seed(config.seed)
+def _train(task: Task, session: _Session, record: Record) -> None:
+    config, run_dir, console = task.config, session.run_dir, session.console
+    device, logger, start = session.device, session.logger, session.start
+    seed_all(config.seed)
     pretrained = config.model.pretrained
     model = task.create_model(Path(pretrained).expanduser() if pretrained else None).to(device)
-    strategy = _create_strategy(config, device, run_dir if config.trace else None)
+    trace = run_dir if config.trace else None
+    strategy = _create_strategy(_with_strategy(config, start.strategy), device, trace)
     try:
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
         with strategy.guard():
             draw = _overlays(task, model, device, run_dir, console, logger)
-            trainer = Trainer(task, model, strategy, device, run_dir, console, logger, draw)
+            trainer = Trainer(
+                *(task, model, strategy, device, run_dir, console, logger, draw),
+                clock=session.clock,
+                stop=session.stop,
+            )
+            if start.checkpoint:
+                trainer.restore(start.checkpoint)
         try:
             with strategy.guard():
                 trainer.fit()
@@ -292,18 +381,30 @@ def _train(
             record["parallel"]["rss_peak_bytes"] = peaks
         finally:
             trainer.ranks.close()
-            record["train"] = trainer.progress.train_figures()
-            unit = "patches" if config.approach == two_stage.NAME else "images"
-            record["throughput"] = {**trainer.progress.throughput(), "unit": unit}
-            if record["throughput"]["step_s"]["n"] == 0:
-                why = f"{len(trainer.progress.steps)} steps, all of them warm-up"
-                record["reasons"]["throughput.images_per_s.mean"] = why
-            use = dataclasses.asdict(strategy.stats())
-            reasons = use.pop("reasons")
-            record["memory_use"] = {"strategy": strategy.running_name, **use}
-            record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
+            _note_training(task, trainer, record)
     finally:
         strategy.close()
+
+
+def _with_strategy(config: RunConfig, before: str | None) -> RunConfig:
+    """Let memory=auto be what it was before: Note: [What may change between sessions]."""
+    if config.memory.name != "auto" or before is None:
+        return config
+    return dataclasses.replace(config, memory=dataclasses.replace(config.memory, name=before))
+
+
+def _note_training(task: Task, trainer: Trainer, record: Record) -> None:
+    """Set the record's sections on training, memory and throughput."""
+    progress = trainer.progress
+    record["train"] = progress.train_figures()
+    unit = "patches" if task.config.approach == two_stage.NAME else "images"
+    record["throughput"] = {**progress.throughput(), "unit": unit}
+    if record["throughput"]["step_s"]["n"] == 0:
+        why = f"{len(progress.steps)} steps, all of them warm-up"
+        record["reasons"]["throughput.images_per_s.mean"] = why
+    record["memory_use"] = trainer.memory_use()
+    reasons = record["memory_use"].pop("reasons")
+    record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
 
 
 def _overlays(
@@ -430,10 +531,15 @@ def _evaluate_split(
             rows, loss = inference(task, prepared, strategy, split, loader, console)
     if not world().is_main:
         return
+    if not rows:
+        record[split], record["reasons"][split] = None, f"no image of split {split} can be read"
+        write_predictions(run_dir, task.fields, rows, split)
+        return
     validation = record["val"] if split == "test" else None
     record[split] = {
         "loss": loss,
         "n": len(rows),
+        "n_skipped": len(task.skipped.of_split(split)),
         **task.evidence(rows, validation),
         "precision": task.config.precision,
         "device": task.config.device,

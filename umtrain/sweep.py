@@ -29,19 +29,22 @@ from umtrain.config import (
     sweep_axes,
 )
 from umtrain.console import Console, format_duration
-from umtrain.errors import RunError, UmtrainError
+from umtrain.errors import Interrupted, RunError, UmtrainError
 from umtrain.files import write_json, write_text
+from umtrain.processes import end_with_parent
 from umtrain.report.plots_sweep import sweep_plot
 from umtrain.report.record import RECORD_NAME, Record, figure, read_record
 from umtrain.report.sweep_page import main_axis, write_sweep_page
 from umtrain.report.tables import strategy_table, sweep_cells, sweep_table
 from umtrain.run_dir import read_run_config
+from umtrain.signals import StopRequest
 from umtrain.submission import LauncherConfig, Submitter, command_of_ranks, split_launcher
 
 SWEEPS = Path("runs")
 SUMMARY_NAME = "summary.json"
 _SETTLED = ("ok", "oom")
 _LONGEST_NAME = 120
+_PATIENCE_S = 10.0
 _ROW_KEYS = ("axes", "status", "dataset", "res", "memory", "device", "reasons")
 _COLUMNS = {
     "status": "status",
@@ -73,8 +76,9 @@ def sweep(overrides: list[str], console: Console) -> Path:
     """Run every job that has not finished yet; return the sweep's folder.
 
     A job that failed or ran out of memory is a row of the table, not an end. Finished jobs
-    (ok or out of memory) of the same sweep are kept. Raises ConfigError before the first job
-    starts if any job's configuration is wrong. `launcher=` says where jobs run.
+    (ok or out of memory) of the same sweep are kept, unfinished ones go on from their last
+    checkpoint. Raises ConfigError before the first job starts if any job's configuration is wrong.
+    `launcher=` says where jobs run.
     """
     launcher, overrides = split_launcher(overrides)
     axes, fixed = sweep_axes(overrides)
@@ -88,7 +92,8 @@ def sweep(overrides: list[str], console: Console) -> Path:
     started_s = time.monotonic()
     run_all = _one_by_one if launcher.name == "local" else partial(_on_cluster, launcher, folder)
     found: dict[int, Record] = {}
-    with _Display(console, list(axes)) as display:
+    grace_s = max(job.config.signal_grace_s for job in jobs)
+    with _Display(console, list(axes)) as display, StopRequest(grace_s):
         for position, record in run_all(jobs, display, console):
             found[position] = {**record, "axes": jobs[position].axes}
             records = [found[i] for i in sorted(found)]
@@ -131,7 +136,7 @@ def _on_cluster(
         else:
             words = ["fit", *job.overrides, f"run_dir={quoted(str(job.run_dir.absolute()))}"]
             commands[name] = command_of_ranks(sys.executable, launcher.ranks, words)
-            if not submitter.is_queued(name):
+            if not submitter.is_queued(name) and not _is_unfinished(job):
                 _set_aside(job.run_dir)
     try:
         for ended in submitter.run(commands, console.say):
@@ -209,8 +214,22 @@ def _same_data(job: Job, record: Record) -> bool:
     return bool(hashlib.sha256(content).hexdigest() == record["data"].get("manifest_sha256"))
 
 
+def _is_unfinished(job: Job) -> bool:
+    """Tell whether what is in the job's folder is this very job, to be gone on with."""
+    try:
+        before = config_to_dict(read_run_config(job.run_dir, {}))
+        same_data = not (job.run_dir / RECORD_NAME).exists() or _same_data(
+            job, read_record(job.run_dir)
+        )
+    except UmtrainError:
+        return False
+    return same_data and _same_choices(config_to_dict(job.config), before)
+
+
 def _run_job(job: Job, display: "_Display") -> Record:
-    _set_aside(job.run_dir)
+    if not _is_unfinished(job):
+        _set_aside(job.run_dir)
+    stamp_before = _stamp(job.run_dir / RECORD_NAME)
     command = [sys.executable, "-m", "umtrain", "fit", *job.overrides]
     process = subprocess.Popen(
         [*command, f"run_dir={quoted(str(job.run_dir))}"],
@@ -219,6 +238,7 @@ def _run_job(job: Job, display: "_Display") -> Record:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        preexec_fn=end_with_parent,
     )
     last_line = ""
     try:
@@ -226,9 +246,11 @@ def _run_job(job: Job, display: "_Display") -> Record:
             last_line = line or last_line
             display.job_says(line)
         code = process.wait()
-    except KeyboardInterrupt:
-        _end(process)
-        raise
+    except KeyboardInterrupt as error:
+        _end(process, job.config.signal_grace_s, has_heard="SIGINT" in str(error))
+        raise Interrupted(f"{error}; run the same command again to go on") from error
+    if code < 0 or (code and _stamp(job.run_dir / RECORD_NAME) == stamp_before):
+        return _lost_record(job, code, last_line)
     return _record_of(job, code, last_line)
 
 
@@ -239,9 +261,15 @@ def _record_of(job: Job, code: int | None, last_line: str) -> Record:
         return _lost_record(job, code, last_line)
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    """Wait for a job that a terminal has interrupted with us; ask again, then insist."""
-    for ask, patience_s in ((None, 10), (process.terminate, 10), (process.kill, None)):
+def _stamp(path: Path) -> int | None:
+    """Return what changes when the file at `path` is written; None if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _end(process: "subprocess.Popen[str]", grace_s: float, has_heard: bool) -> None:
+    """Wait for a job to save and end; one that a terminal has not interrupted with us is asked."""
+    asked = [(process.terminate, _PATIENCE_S + grace_s), (process.kill, None)]
+    for ask, patience_s in [(None, _PATIENCE_S), *asked] if has_heard else asked:
         if ask is not None:
             ask()
         try:
@@ -268,7 +296,7 @@ def _set_aside(run_dir: Path) -> None:
 
 
 def _lost_record(job: Job, code: int | None, last_line: str) -> Record:
-    """Return the row of a job that ended before it could write a record."""
+    """Return the row of a job that was killed, or ended before it could write a record."""
     if code is None:
         ended = "the cluster"
     else:

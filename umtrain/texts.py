@@ -28,9 +28,11 @@ COMMANDS = {
         "train, validate each epoch, evaluate the test split",
         "Writes a run directory: config.yaml, metrics.json, steps.csv, predictions.csv, "
         "checkpoints/, plots, report.html and log.txt. With no dataset.manifest it makes "
-        "synthetic demo data once and trains on that.",
+        "synthetic demo data once and trains on that. Interrupted or killed, it goes on with "
+        "resume=DIR, or with the same command where that names run_dir.",
         (
             "umtrain fit dataset=wsi res=1024",
+            "umtrain fit resume=runs/night",
             "umtrain fit dataset=spine res=512 epochs=20",
             "umtrain fit dataset=wsi dataset.manifest=slides.csv res=2048 precision=bf16",
         ),
@@ -40,8 +42,8 @@ COMMANDS = {
         "umtrain sweep key=a,b[,…] [key=value …]",
         "fit the cross product of several values, each job in its own process",
         "A job that fails or runs out of memory is a row of the table. Run the same command again "
-        "to continue: finished jobs are kept. Writes summary.csv, summary.json, summary.png and "
-        "report.html.\n"
+        "to continue: finished jobs are kept, unfinished ones resumed. Writes summary.csv, "
+        "summary.json, summary.png and report.html.\n"
         "launcher=slurm submits the jobs to SLURM, each for a node with 8 GPUs; conf/launcher/"
         "slurm.yaml has what it asks for, launcher.partition=… and the like change it.",
         (

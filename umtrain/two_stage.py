@@ -4,9 +4,10 @@ What the field does where a slide is too large for a network, and what training 
 compared with. The network needs masks of the training slides; the whole slide one label.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -18,9 +19,15 @@ from umtrain.cases import Explain, SlideMap, SlideView, file_stem
 from umtrain.checkpoint import FOLDER
 from umtrain.config import RunConfig
 from umtrain.console import Console
-from umtrain.data.loader import make_loader
+from umtrain.data.isolated import (
+    READ_LIMITS,
+    ChildFailedError,
+    call_isolated,
+    map_isolated,
+)
+from umtrain.data.loader import Batch, make_loader
 from umtrain.data.manifest import Manifest, Slide, Split
-from umtrain.data.masks import MASK_TEXT, check_mask
+from umtrain.data.masks import MASK_TEXT, check_mask_of
 from umtrain.data.patches import GridDataset, GridPlan, plan_slide
 from umtrain.data.wsi import plan_frame, slide_info
 from umtrain.errors import DataError
@@ -42,7 +49,7 @@ MAPS = "maps"
 SLIDE_MODEL = "slide_model.json"
 
 _N_SHOWN = 20
-_N_THREADS = 2
+_N_READERS = 2
 _VIEW = SlideView(1024)
 # Maps are drawn smooth between their positions: a patch is drawn as so many a side, all the same.
 _DRAWN_PER_SIDE = 4
@@ -66,9 +73,10 @@ def check_masks(manifest: AnyManifest) -> None:
     train = cast(Manifest[Slide], manifest).split("train")
     lacking = [slide for slide in train if slide.mask is None or not slide.mask.is_file()]
     if not lacking:
-        for slide in train:
-            if slide.mask is not None:
-                check_mask(slide.mask, slide_info(slide.path))
+        for error in map_isolated(check_mask_of, train, workers=_N_READERS, limits=READ_LIMITS):
+            # Slides that cannot be read are left out when their turn comes.
+            if isinstance(error, DataError) and not isinstance(error, ChildFailedError):
+                raise error
         return
     lines = [
         f"  row {slide.row}: {slide.id} has "
@@ -151,7 +159,7 @@ def cancer_maps(task: Task, split: Split, run_dir: Path) -> Iterator[Explain]:
 
 def _slide_map(slide: Slide, run_dir: Path) -> SlideMap:
     kept = read_map(map_path(run_dir, slide))
-    frame = plan_frame(slide_info(slide.path), *_VIEW, slide.mpp)
+    frame = plan_frame(call_isolated(slide_info, slide.path), *_VIEW, slide.mpp)
     left, top = frame.to_out(*kept.to_l0(0, 0))
     stride_px = kept.l0_side / frame.scale / _DRAWN_PER_SIDE
     grid = MapGrid(left + stride_px / 2, top + stride_px / 2, stride_px)
@@ -166,12 +174,11 @@ def _slide_map(slide: Slide, run_dir: Path) -> SlideMap:
 def probability_maps(
     task: PatchTask, model: nn.Module, split: Split, run_dir: Path, console: Console
 ) -> Iterator[tuple[Slide, ProbabilityMap]]:
-    """Yield every slide of `split` with its map, once that is kept in the run's folder maps.
+    """Yield every slide of `split` that can be read with its map, kept in the run's folder maps.
 
     Patches lie on a grid without overlap; those without tissue are background, unseen.
     """
-    slides = task.slides.split(split)
-    plans = _plans(task, slides, split, console)
+    slides, plans = _plans(task, task.slides.split(split), split, console)
     chosen = task.config.dataset
     patches = GridDataset(slides, plans, task.labels, task.config.res, mpp=chosen.mpp)
     maps = [empty_map(p.grid.n_rows, p.grid.n_columns, p.grid.l0_side) for p in plans]
@@ -180,30 +187,31 @@ def probability_maps(
     for n_done in _fill(task, model, patches, maps, split, console):
         while n_yielded < len(slides) and patches.ends[n_yielded] <= n_done:
             slide, values = slides[n_yielded], maps[n_yielded]
-            write_map(map_path(run_dir, slide), values)
-            yield slide, values
+            if slide not in task.skipped:
+                write_map(map_path(run_dir, slide), values)
+                yield slide, values
             n_yielded += 1
 
 
 def _plans(
-    task: PatchTask, slides: tuple[Slide, ...], split: Split, console: Console
-) -> list[GridPlan]:
-    res, mpp = task.config.res, task.config.dataset.mpp
+    task: PatchTask, slides: Sequence[Slide], split: Split, console: Console
+) -> tuple[list[Slide], list[GridPlan]]:
+    """Return the slides of `split` that can be read, and the plan of each."""
+    chosen = task.config.dataset
+    plan = partial(plan_slide, res=task.config.res, mpp=chosen.mpp)
+    readable: list[Slide] = []
     plans: list[GridPlan] = []
-    n_threads = max(_N_THREADS, task.config.dataset.workers)
-    with (
-        console.task(f"finding tissue of {split}", len(slides)) as bar,
-        ThreadPoolExecutor(n_threads) as readers,
-    ):
-        try:
-            for plan in readers.map(lambda slide: plan_slide(slide, res, mpp), slides):
-                plans.append(plan)
-                bar.update(len(plans))
-        except BaseException:
-            # Ctrl-C and errors should not wait for all the slides that are still to be read.
-            readers.shutdown(wait=False, cancel_futures=True)
-            raise
-    return plans
+    asked = [slide for slide in slides if slide not in task.skipped]
+    answers = map_isolated(plan, asked, workers=max(_N_READERS, chosen.workers), limits=task.limits)
+    with console.task(f"finding tissue of {split}", len(asked)) as bar:
+        for done, (slide, answer) in enumerate(zip(asked, answers, strict=True), 1):
+            if isinstance(answer, DataError):
+                task.skipped.add(slide, 0, answer)
+            else:
+                readable.append(slide)
+                plans.append(answer)
+            bar.update(done)
+    return readable, plans
 
 
 def _fill(
@@ -217,28 +225,50 @@ def _fill(
     """Fill in `maps` batch by batch; yield the number of patches that are done, 0 at first."""
     config = task.config
     device = next(model.parameters()).device
-    loader = make_loader(patches, config.batch_size, shuffle=False, workers=config.dataset.workers)
+    loader = make_loader(
+        patches,
+        config.batch_size,
+        shuffle=False,
+        workers=config.dataset.workers,
+        limits=task.limits,
+        skipped=task.skipped,
+    )
     was_training = model.training
     model.eval()
     n_done = 0
     yield n_done
     with console.task(f"patches of {split}", len(patches)) as bar:
-        for batch in loader:
-            # Entered anew for each batch: modes must not stay on while the caller works.
-            with torch.inference_mode(), autocast(device, config.precision):
-                outputs = model(task.inputs(batch, device, input_dtype(config.precision)))
-                probs = outputs.float().softmax(dim=1).cpu().numpy()
-            for position, values in zip(batch["index"].tolist(), probs, strict=True):
-                at, row, column = patches.place(position)
-                maps[at].probs[:, row, column] = values
-                maps[at].tissue[row, column] = True
-            n_done += len(probs)
+        for n_batches, batch in enumerate(loader, 1):
+            if batch["id"]:
+                _fill_in(task, model, patches, maps, batch, device)
+            n_done = min(n_batches * config.batch_size, len(patches))
             bar.update(n_done)
             yield n_done
     model.train(was_training)
 
 
+def _fill_in(
+    task: PatchTask,
+    model: nn.Module,
+    patches: GridDataset,
+    maps: list[ProbabilityMap],
+    batch: Batch,
+    device: torch.device,
+) -> None:
+    precision = task.config.precision
+    # Entered anew for each batch: modes must not stay on while the caller works.
+    with torch.inference_mode(), autocast(device, precision):
+        outputs = model(task.inputs(batch, device, input_dtype(precision)))
+        probs = outputs.float().softmax(dim=1).cpu().numpy()
+    for position, values in zip(batch["index"].tolist(), probs, strict=True):
+        at, row, column = patches.place(position)
+        maps[at].probs[:, row, column] = values
+        maps[at].tissue[row, column] = True
+
+
 def _log_loss(rows: list[Row]) -> float:
+    if not rows:
+        return math.nan
     labels, probs = (np.array([row[key] for row in rows], float) for key in ("label", "prob"))
     of_truth = np.where(labels == 1, probs, 1 - probs)
     return float(-np.log(np.clip(of_truth, np.finfo(float).tiny, 1)).mean())
@@ -247,4 +277,6 @@ def _log_loss(rows: list[Row]) -> float:
 def _patch_task(task: Task) -> PatchTask:
     if isinstance(task, PatchTask):
         return task
-    return PatchTask(task.config, cast(Manifest[Slide], task.manifest))
+    patches = PatchTask(task.config, cast(Manifest[Slide], task.manifest))
+    patches.skipped = task.skipped
+    return patches

@@ -18,6 +18,9 @@ _FACTORS = {
 }
 
 
+_MOST_BYTES = 2**60
+
+
 def parse_bytes(text: str | int, key: str = "size") -> int:
     """Return the number of bytes that `text` ("2GiB", "500 MB", 1048576) stands for.
 
@@ -27,6 +30,10 @@ def parse_bytes(text: str | int, key: str = "size") -> int:
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise ConfigError(f"{key}={text} is not a size; write for example {key}=2GiB or 512MiB")
+    if float(match[1]) * factor > _MOST_BYTES:
+        raise ConfigError(
+            f"{key}={str(text)[:80]} is more than any machine has; write a smaller one"
+        )
     n_bytes = int(float(match[1]) * factor)
     if n_bytes <= 0:
         raise ConfigError(f"{key}={text} must be more than 0 bytes")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,8 @@ def test_a_run_directory_holds_what_the_readme_names(finished_run):
         "steps.csv",
         "predictions.csv",
         "checkpoints/best.pt",
-        "checkpoints/last.pt",
+        "checkpoints/step-00000004.pt",
+        "checkpoints/step-00000008.pt",
         "report.html",
         "training.png",
         *(f"{name}_test.png" for name in PICTURES),
@@ -98,16 +100,21 @@ def test_the_same_seed_gives_the_same_bits_whoever_reads_the_images(
         cwd=tmp_path,
     )
     assert again.returncode == 0, again.stderr
-    first = load_checkpoint(run_dir / "checkpoints" / "last.pt")["model"]
-    second = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["model"]
+    first = load_checkpoint(run_dir / "checkpoints" / "step-00000008.pt")["model"]
+    second = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000008.pt")["model"]
     assert all(first[name].equal(second[name]) for name in first)
 
 
-def test_a_run_directory_is_never_overwritten(finished_run, slides, umtrain):
+def test_a_finished_run_is_not_run_again(finished_run, slides, umtrain):
     run_dir, _ = finished_run
-    done = umtrain("fit", *SMALL, f"dataset.manifest={slides}", "run_dir=run", cwd=run_dir.parent)
-    assert done.returncode == 2
-    assert "run_dir=run is not empty; name a new folder" in done.stderr
+    before = {path: path.stat().st_mtime_ns for path in run_dir.glob("checkpoints/*")}
+    figures = json.loads((run_dir / "metrics.json").read_text())
+    words = ("fit", *SMALL, f"dataset.manifest={slides}", "run_dir=run")
+    done = umtrain(*words, cwd=run_dir.parent)
+    assert done.returncode == 0, done.stderr
+    assert "run is finished; nothing is left to do" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in run_dir.glob("checkpoints/*")} == before
+    assert json.loads((run_dir / "metrics.json").read_text()) == figures
 
 
 def test_radiographs_train_to_an_error_in_mm(radiographs, umtrain, tmp_path):
@@ -250,7 +257,7 @@ from umtrain.cli import main
 
 full, write = os.open("/dev/full", os.O_RDWR), os.pwrite
 def pwrite(fd, data, position):
-    return write(full if Path("run/checkpoints/last.pt").exists() else fd, data, position)
+    return write(full if Path("run/checkpoints/step-00000004.pt").exists() else fd, data, position)
 os.pwrite = pwrite
 sys.exit(main(sys.argv[1:]))
 """
@@ -262,12 +269,16 @@ def test_a_spill_disk_that_fills_up_in_mid_training_leaves_the_last_checkpoint(s
     done = subprocess.run(
         [*command, "run_dir=run"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 2, done.stderr
-    assert "memory.spill_dir=.: the spill file could not be read or written" in done.stderr
+    assert done.returncode == 3, done.stderr
+    assert (
+        "host memory ran out: memory.spill_dir=.: the spill file could not be read or written"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004.pt")["epoch"] == 1
+    assert not [path for path in tmp_path.iterdir() if path.name != "run"]
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert record["status"] == "failed"
+    assert record["status"] == "oom"
     assert record["train"]["epochs"] == 1
     assert "No space left on device" in record["reasons"]["status"]
 
@@ -297,5 +308,8 @@ def test_ctrl_c_ends_in_one_line_and_a_record(slides, tmp_path):
         process.kill()
         process.wait()
     assert process.returncode == 130
-    assert errors.strip() == "umtrain: interrupted"
+    said = (
+        r"umtrain: interrupted by SIGINT, saved after step \d+; go on with: umtrain fit resume=run"
+    )
+    assert re.fullmatch(said, errors.strip())
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"

@@ -13,10 +13,16 @@ TEMPLATES = Path(__file__).parents[2] / "data_manifests"
 SLIDES = "slide_id,patient_id,path,label,split\n"
 RADIOGRAPHS = "image_id,patient_id,path,c7_x,c7_y,s1_x,s1_y,split,mm_per_px,facing\n"
 
-# Whatever a file may hold: no half of a surrogate pair, and no spaces that reading strips.
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
-    lambda text: text == text.strip()
-)
+# Whatever a file may hold: no half of a surrogate pair, and no spaces that reading strips; no
+# control characters, and nothing that turns the direction of writing.
+texts = st.text(
+    st.characters(
+        exclude_categories=["Cs", "Cc"],
+        exclude_characters="\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+    ),
+    min_size=1,
+).filter(lambda text: text == text.strip())
+ids = texts.filter(lambda text: text[0] not in "=+-@")
 lengths = st.none() | st.floats(1e-6, 1e6)
 digests = st.none() | st.text("0123456789abcdef", min_size=64, max_size=64)
 file_names = st.text(string.ascii_letters + ' ,"é漢', min_size=1).filter(
@@ -45,7 +51,7 @@ def folder(tmp_path_factory):
 
 @given(
     rows=st.lists(
-        st.tuples(texts, file_names, texts, splits, lengths, digests),
+        st.tuples(ids, file_names, texts, splits, lengths, digests),
         min_size=1,
         max_size=5,
         unique_by=lambda row: row[0],
@@ -61,7 +67,7 @@ def test_any_slides_come_back_as_they_were_written(folder, rows):
 
 
 @given(
-    name=texts,
+    name=ids,
     keypoints=st.tuples(coordinates, coordinates, coordinates, coordinates),
     split=splits,
     mm_per_px=lengths,
@@ -113,7 +119,7 @@ def test_what_spreadsheets_do_to_a_table_does_not_matter(tmp_path, content):
 
 
 def test_rows_are_numbered_by_the_line_they_begin_on(tmp_path):
-    content = SLIDES + '"two\nlines",p,a.svs,1,train\n\nb,q,b.svs,0,val\n'
+    content = SLIDES.strip() + ',note\na,p,a.svs,1,train,"two\nlines"\n\nb,q,b.svs,0,val,\n'
     manifest = read_manifest(write(tmp_path, content), "wsi")
     assert [slide.row for slide in manifest.records] == [2, 5]
 
@@ -210,7 +216,7 @@ def test_an_optional_column_that_is_misspelt_is_not_ignored(tmp_path):
         (b"", "is empty; expected slide_id,patient_id,path,label,split"),
         (SLIDES, "has a header but no rows; add one row per image"),
         (SLIDES.encode() + b"a,p,\xe9.svs,1,train\n", "line 2 has byte 0xe9, which is not UTF-8"),
-        (SLIDES.encode("utf-16"), "line 1 has byte 0xff, which is not UTF-8; save the table again"),
+        (SLIDES.encode("utf-16"), "is UTF-16; save the table again as 'CSV UTF-8'"),
         (SLIDES.replace(",", ";"), "has no commas"),
         (SLIDES.replace("label", "split"), "column split is there twice; remove one"),
         (SLIDES + '"a,p,a.svs,1,train\n', "row 2 is no CSV"),
@@ -297,3 +303,40 @@ def test_training_needs_both_classes(tmp_path, labels, split, found):
     manifest = labelled(tmp_path, *labels, split=split)
     with pytest.raises(ManifestError, match=f"the train split has {found}, expected"):
         binary_labels(manifest)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+cmd|' /C calc'!A0", "-1+1", "@SUM(A1)"])
+def test_an_id_that_a_spreadsheet_would_calculate_is_refused(tmp_path, name):
+    text = refusal(write(tmp_path, SLIDES + f'"{name}",p,a.svs,1,train\n'))
+    assert f"row 2, slide_id: got {name!r}, expected an id that no spreadsheet takes for a" in text
+    assert "begin it with a letter or a digit" in text
+
+
+def test_a_negative_number_is_an_id(tmp_path):
+    manifest = read_manifest(write(tmp_path, SLIDES + "-12,p,a.svs,-1,train\n"), "wsi")
+    assert (manifest.records[0].id, manifest.records[0].label) == ("-12", "-1")
+
+
+@pytest.mark.parametrize("mark", ["\x1b[2J", "\u202e", "\n", "\x7f"])
+def test_text_that_steers_a_terminal_is_refused_and_shown_escaped(tmp_path, mark):
+    text = refusal(write(tmp_path, SLIDES + f'"a{mark}b",p,a.svs,1,train\n'))
+    assert "expected a text without control characters" in text
+    assert mark not in text.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("utf-16", "is UTF-16; save the table again as 'CSV UTF-8'"),
+        ("utf-16-le", "line 1 has a NUL byte: it is UTF-16, or no text"),
+        ("latin-1", "line 2 has byte 0xfc, which is not UTF-8 (as in Latin-1 or Windows-1252)"),
+    ],
+)
+def test_another_encoding_is_refused_by_its_name(tmp_path, encoding, expected):
+    content = (SLIDES + "a,Müller,a.svs,1,train\n").encode(encoding)
+    assert expected in refusal(write(tmp_path, content))
+
+
+def test_a_long_cell_is_cut_in_the_message(tmp_path):
+    text = refusal(write(tmp_path, SLIDES + f"={'x' * 100_000},p,a.svs,1,train\n"))
+    assert len(text) < 500

@@ -49,7 +49,9 @@ def test_a_directory_that_is_a_file_is_named(tmp_path):
 def test_a_filesystem_without_enough_room_is_known_before_training(tmp_path):
     free = os.statvfs(tmp_path)
     too_much = 2 * free.f_bavail * free.f_frsize + 2**30
-    with pytest.raises(DeviceError, match=r"has not the room for saved tensors: .* are needed"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"has not the room for saved tensors: .* are needed"
+    ):
         SpillFile(tmp_path, reserve_bytes=too_much)
 
 
@@ -76,7 +78,7 @@ def test_a_disk_that_fills_up_in_mid_training_is_named(strategy, tmp_path, full_
         model(x).sum().backward()
     full_disk()
     text = r"memory.spill_dir=.* could not be read or written \(No space left on device\); free"
-    with pytest.raises(DeviceError, match=text), under.step():
+    with pytest.raises(OutOfMemoryError, match=text), under.step():
         model(x).sum().backward()
     under.close()
 

@@ -125,6 +125,62 @@ def test_a_budget_that_the_kernel_enforces_stops_vanilla_and_not_streaming(tmp_p
     assert outcomes["stream"][2] <= 400 * 2**20
 
 
+# Images of 150 MB, and as many bytes of parameters, whose states come between two of them.
+_LEAST = """
+import re, sys, torch
+from torch import nn
+from umtrain import memory
+from umtrain.errors import OutOfMemoryError
+from umtrain.memory.allocator import giving_back, recycle_large_buffers
+
+recycle_large_buffers()
+torch.set_num_threads(1)
+layout = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+
+def block(n_in, n_out):
+    return [nn.Conv2d(n_in, n_out, 3, 2, 1), nn.BatchNorm2d(n_out), nn.ReLU()]
+
+def train(budget):
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4096), nn.Linear(4096, 4096)]
+    model = nn.Sequential(*block(3, 8), *block(8, 16), *head)
+    model = model.to(memory_format=torch.channels_last)
+    with giving_back():
+        sample = torch.empty(1, 3, 5056, 5056, **layout)
+    strategy = memory.create("stream", device_budget=budget, spill_dir=sys.argv[1])
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            strategy.prepare(model, sample)
+        del sample
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for n in range(4):
+            with strategy.step(), torch.autocast("cpu", torch.bfloat16):
+                if n == 3:
+                    model.eval().requires_grad_(False)
+                loss = model(torch.empty(1, 3, 5056, 5056, **layout).fill_(1)).float().sum()
+                if n < 3:
+                    loss.backward()
+            del loss
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        strategy.close()
+
+try:
+    train("200MiB")
+except OutOfMemoryError as error:
+    least = re.search("the least that works here is (.*?iB)", str(error))[1]
+train(least.replace(" ", ""))
+print(least)
+"""
+
+
+def test_the_least_budget_that_is_named_is_enough_for_steps_and_evaluation(tmp_path):
+    command = [sys.executable, "-c", _LEAST, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "MiB" in done.stdout
+
+
 class TestAuto:
     def chosen(self, budget, caplog) -> str:
         model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())

@@ -109,14 +109,17 @@ def train(
         n_images = sum(map(len, together))
         total = torch.zeros((), dtype=torch.float64, device=DEVICE)
         for i, batch in enumerate(together):
-            n_counted = ranks.start_batch(len(batch), i == len(together) - 1)
             own = ranks.share.of_batch(batch)
-            own = own if len(own) else batch[:1]
+            ids = list(map(str, range(len(own))))
+            n_counted = ranks.start_batch(ids, i == len(together) - 1)
+            if not ids and not ranks.joins_statistics:
+                continue
+            own = own if ids else torch.zeros_like(batch[:1])
             with strategy.step():
                 loss = loss_of(model(ranks.band_of(own))) * (n_counted / n_images)
                 loss.backward()
             total += loss.detach()
-        losses.append(ranks.finish_step(total.item()))
+        losses.append(ranks.finish_step([total.item()])[0])
         if start + accumulate < len(batches):
             optimizer.step()
     ranks.close()
@@ -296,12 +299,12 @@ def mixed(world: World, *, strategy: str) -> dict[str, Any]:
     ranks.tie(network, used)
     with torch.autocast(DEVICE, torch.bfloat16):
         used.prepare(network, own)
-    share = ranks.start_batch(len(batch), True) / len(batch)
+    share = ranks.start_batch(list(map(str, range(len(own)))), True) / len(batch)
     with used.step():
         with torch.autocast(DEVICE, torch.bfloat16):
             outputs = network(own)
         (loss_of(outputs.float()) * share).backward()
-    ranks.finish_step(0.0)
+    ranks.finish_step([])
     used.close()
     loss_of(alone(batch)).backward()
     one, other = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (network, alone))

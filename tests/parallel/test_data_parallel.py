@@ -36,6 +36,14 @@ def test_shares_of_an_uneven_batch_weigh_by_their_images_even_if_there_are_none(
     assert_exact(crew(3).run("steps", model="residual", strategy=strategy, sizes=sizes))
 
 
+@pytest.mark.parametrize("strategy", ["vanilla", "stream"])
+def test_a_rank_without_an_image_waits_where_no_statistics_are_joined(crew, strategy):
+    answers = crew(3).run(
+        "steps", model="residual", strategy=strategy, sizes=[3, 1], norm="group", sync=False
+    )
+    assert_exact(answers)
+
+
 @pytest.mark.parametrize("strategy", ["lms", "stream"])
 def test_norms_that_look_at_one_image_need_no_other_rank(crew, strategy):
     answers = crew(2).run(

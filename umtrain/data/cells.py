@@ -13,6 +13,9 @@ Facing = Literal["left", "right"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 _SIDES: tuple[Facing, ...] = get_args(Facing)
 
+# And what turns the direction of writing, which makes an id look like another.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_FORMULA_STARTS = ("=", "+", "-", "@")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
@@ -27,10 +30,23 @@ class BadCellError(ValueError):
 
 
 def parse_text(cell: str) -> str:
-    """Return the text; BadCellError if there is none."""
+    """Return the text; BadCellError if there is none, or it would steer a terminal."""
     if not cell:
         raise BadCellError("a text", "fill the cell in")
+    if _CONTROL.search(cell):
+        raise BadCellError("a text without control characters", "take the characters out")
     return cell
+
+
+def parse_id(cell: str) -> str:
+    """Return an id: a text that a spreadsheet does not take for a formula, as predictions.csv has
+    it in its first column.
+    """
+    if cell.startswith(_FORMULA_STARTS) and not _NUMBER.fullmatch(cell):
+        raise BadCellError(
+            "an id that no spreadsheet takes for a formula", "begin it with a letter or a digit"
+        )
+    return parse_text(cell)
 
 
 def parse_number(cell: str) -> float:
@@ -79,7 +95,7 @@ class PathParser:
 
     def __call__(self, cell: str) -> Path:
         """Return the absolute path; BadCellError if it is empty or climbs out of the root."""
-        if not cell or "\0" in cell:
+        if not cell or _CONTROL.search(cell):
             raise BadCellError("the path of a file", "write it relative to the root")
         is_absolute = cell.startswith(os.sep)
         joined = cell if is_absolute else self._prefix + cell
@@ -94,8 +110,8 @@ class PathParser:
 
 
 CELL_PARSERS: dict[str, Callable[[str], object]] = {
-    "slide_id": parse_text,
-    "image_id": parse_text,
+    "slide_id": parse_id,
+    "image_id": parse_id,
     "patient_id": parse_text,
     "label": parse_text,
     "split": parse_split,

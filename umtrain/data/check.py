@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umtrain.data.cells import SPLITS
-from umtrain.data.isolated import ChildFailedError, map_isolated
+from umtrain.data.isolated import READ_LIMITS, Limits, map_isolated
 from umtrain.data.manifest import AnyRecord, Kind, Manifest, Radiograph, Slide, parse_manifest
 from umtrain.data.radiograph import pixel_spacing_mm, read_radiograph
 from umtrain.data.wsi import read_slide, slide_info
-from umtrain.errors import UmtrainError
+from umtrain.errors import DataError, UmtrainError
 
 _PREVIEW_PX = 256
-_TIMEOUT_S = 600.0
 _DAMAGED_FIX = "fetch the file again, or remove the row"
 
 
@@ -66,12 +65,14 @@ def check_manifest(
     *,
     needs_mpp: bool = False,
     workers: int = 2,
+    limits: Limits = READ_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Check a manifest's rows and open every file that they name; all problems are returned.
 
     Files are opened in `workers` child processes, so that one which makes a decoder crash or
-    hang is a problem of its row. `needs_mpp` is for slides read at a given microns per pixel.
+    hang, or that wants more memory than `limits` allows, is a problem of its row. `needs_mpp` is
+    for slides read at a given microns per pixel.
     `progress` is called with the number of files opened and the number to open.
     Raises ManifestError only if the manifest as a whole cannot be read.
     """
@@ -89,7 +90,7 @@ def check_manifest(
             present.append(record)
     digests: dict[int, str] = {}
     jobs = _jobs(present, needs_mpp)
-    results = map_isolated(_open, jobs, workers=workers, timeout_s=_TIMEOUT_S)
+    results = map_isolated(_open, jobs, workers=workers, limits=limits)
     for n_done, (job, found) in enumerate(zip(jobs, results, strict=True), 1):
         problems += _file_problems(job.record, found)
         if isinstance(found, _Findings) and found.sha256 is not None:
@@ -169,8 +170,8 @@ def _what_and_fix(error: UmtrainError, path: Path) -> tuple[str, str]:
     return (what, fix) if what else (text, _DAMAGED_FIX)
 
 
-def _file_problems(record: AnyRecord, found: _Findings | ChildFailedError) -> Iterator[Problem]:
-    if isinstance(found, ChildFailedError):
+def _file_problems(record: AnyRecord, found: _Findings | DataError) -> Iterator[Problem]:
+    if isinstance(found, DataError):
         what = f"unreadable: the reader failed on it: {found}"
         yield Problem(record.row, record.id, record.path, what, _DAMAGED_FIX)
         return

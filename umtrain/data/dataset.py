@@ -112,6 +112,10 @@ class SlideDataset(Dataset[SlideSample]):
     def __len__(self) -> int:
         return len(self.records)
 
+    def record(self, position: int) -> Slide:
+        """Return the manifest row that a sample is of."""
+        return self.records[position]
+
     def __getitem__(self, key: SampleKey) -> SlideSample:
         """Read and augment one slide; DataError if it cannot be read."""
         slide = self.records[key.position]
@@ -155,6 +159,10 @@ class RadiographDataset(Dataset[RadiographSample]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def record(self, position: int) -> Radiograph:
+        """Return the manifest row that a sample is of."""
+        return self.records[position]
 
     def __getitem__(self, key: SampleKey) -> RadiographSample:
         """Read, place and augment one radiograph; DataError if it cannot be read."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from umtrain.data.cells import CELL_PARSERS, SPLITS, BadCellError, Facing, PathParser, Split
-from umtrain.data.table import check_header, decode, iter_rows, read_content
+from umtrain.data.table import check_header, decode, iter_rows, read_content, shown
 from umtrain.errors import ManifestError
 from umtrain.files import write_atomic
 
@@ -309,7 +309,7 @@ class _RowParser:
                     values[column] = parse(cell)
                 except BadCellError as bad:
                     record_id = str(values.get(self._id_column, ""))
-                    self._note(row, record_id, column, repr(cell), bad.expected, bad.fix)
+                    self._note(row, record_id, column, shown(cell), bad.expected, bad.fix)
         if len(self.problems) > n_problems:
             return None
         record = self._schema.build(**values, row=row)
@@ -322,12 +322,12 @@ class _RowParser:
         if first_row != record.row:
             expected = f"an id of its own (row {first_row} has this one)"
             fix = "rename or remove one of the two"
-            self._note(record.row, record.id, self._id_column, repr(record.id), expected, fix)
+            self._note(record.row, record.id, self._id_column, shown(record.id), expected, fix)
         split, split_row = self._split_of_patient.setdefault(
             record.patient_id, (record.split, record.row)
         )
         if split != record.split:
-            got = f"{record.split!r} for patient {record.patient_id!r}"
+            got = f"{record.split!r} for patient {shown(record.patient_id)}"
             expected = f"{split!r} as in row {split_row}"
             fix = "keep all images of a patient in one split"
             self._note(record.row, record.id, "split", got, expected, fix)

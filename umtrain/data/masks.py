@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from umtrain.data.wsi import SlideInfo
+from umtrain.data.manifest import Slide
+from umtrain.data.wsi import SlideInfo, slide_info
 from umtrain.errors import DataError
 
 CLASSES = ("background", "benign", "cancer")
@@ -110,6 +111,16 @@ def check_mask(path: Path, info: SlideInfo) -> None:
             _checked(image, path, info)
     except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"{path}: not readable as a mask ({error}); {MASK_TEXT}") from error
+
+
+def check_mask_of(slide: Slide) -> None:
+    """Raise DataError as `check_mask` does for a slide's mask; not if the slide is unreadable."""
+    assert slide.mask is not None
+    try:
+        info = slide_info(slide.path)
+    except DataError:
+        return
+    check_mask(slide.mask, info)
 
 
 @contextmanager

@@ -293,6 +293,10 @@ class GridDataset(_PatchSource):
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
+    def record(self, position: int) -> Slide:
+        """Return the slide that a cell is of."""
+        return self.records[self.place(position)[0]]
+
     def place(self, position: int) -> tuple[int, int, int]:
         """Return which slide a sample is of, and the row and column of its cell."""
         at = bisect_right(self.ends, position)

@@ -27,19 +27,16 @@ class Share:
         first = sum(Share(rank, self.n_ranks).n_own(len(batch)) for rank in range(self.rank))
         return batch[first : first + self.n_own(len(batch))]
 
-    def of_epoch(self, order: Sequence[T], batch_size: int, stands_in: bool) -> list[T]:
+    def of_epoch(self, order: Sequence[T], batch_size: int) -> list[T]:
         """Return its own of all images of an epoch, in order; `batch_size` is that of one process.
 
-        Cut into batches of `batch_size`, they are its parts of the batches of all. With
-        `stands_in` a part that would be empty has the first image of the batch in it, which is
-        another process's: all of them then run as many batches.
+        Cut into batches of `batch_size`, they are its parts of the batches of all; of the last
+        batch it may have none.
         """
         own: list[T] = []
         together = batch_size * self.n_ranks
         for start in range(0, len(order), together):
-            batch = order[start : start + together]
-            part = self.of_batch(batch)
-            own += part if part or not stands_in else batch[:1]
+            own += self.of_batch(order[start : start + together])
         return own
 
 

@@ -1,5 +1,6 @@
 """CSV tables with a header: decoding, rows with their line numbers, and the header's check."""
 
+import codecs
 import csv
 import difflib
 import io
@@ -7,6 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from umtrain.errors import ManifestError
+
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_N_SHOWN_CHARACTERS = 80
+# Paths are listed too, and are of no use if they are cut.
+_N_LISTED = 1000
 
 
 def read_text(path: Path) -> str:
@@ -29,14 +35,22 @@ def read_content(path: Path) -> bytes:
 
 
 def decode(content: bytes, path: Path) -> str:
-    """Return UTF-8 bytes as text; ManifestError with the line that is not."""
+    """Return UTF-8 bytes as text; ManifestError with the line that is not, or if it is no text."""
+    if content.startswith(_UTF16_MARKS):
+        raise ManifestError(f"{path}: is UTF-16; save the table again as 'CSV UTF-8'")
+    if b"\0" in content:
+        line = content.count(b"\n", 0, content.index(b"\0")) + 1
+        raise ManifestError(
+            f"{path}: line {line} has a NUL byte: it is UTF-16, or no text; "
+            "save the table again as 'CSV UTF-8'"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ManifestError(
-            f"{path}: line {line} has byte 0x{content[error.start]:02x}, which is not UTF-8; "
-            "save the table again as 'CSV UTF-8'"
+            f"{path}: line {line} has byte 0x{content[error.start]:02x}, which is not UTF-8 "
+            "(as in Latin-1 or Windows-1252); save the table again as 'CSV UTF-8'"
         ) from error
 
 
@@ -68,7 +82,7 @@ def check_header(
         raise ManifestError(f"{path}: is empty; {expected} in the first line")
     if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
         raise ManifestError(
-            f"{path}: the header {header[0]!r} has no commas; {expected}; "
+            f"{path}: the header {shown(header[0])} has no commas; {expected}; "
             "save the table with commas between its columns"
         )
     twice = sorted({column for column in header if header.count(column) > 1})
@@ -106,8 +120,16 @@ def near_hint(word: str, options: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 
+def shown(text: str) -> str:
+    """Return `text` quoted as messages have it, cut if it is long, control characters escaped."""
+    more = "…" if len(text) > _N_SHOWN_CHARACTERS else ""
+    return repr(text[:_N_SHOWN_CHARACTERS]) + more
+
+
 def listed(names: Iterable[str], n_shown: int = 20) -> str:
     """Return the names with commas between them, the first `n_shown` if there are more."""
-    names = list(names)
+    names = [
+        name if name.isprintable() and len(name) < _N_LISTED else shown(name) for name in names
+    ]
     more = f" and {len(names) - n_shown} more" if len(names) > n_shown else ""
     return ", ".join(names[:n_shown]) + more

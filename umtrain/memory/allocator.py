@@ -7,11 +7,14 @@ mapped afresh, zeroed and faulted in, each time. Neither extreme is right for al
   memory is plenty; but large and small buffers share one heap, which fragments.
 - `give_back`: every buffer above 1 MiB is a mapping of its own, gone when freed. Device memory
   in use is what is alive, nothing more; the price is a page fault per page per use.
+- `recycle_strips`: the former up to 64 MiB, the latter above. Strips come and go by the thousand;
+  an image leaves a hole that small buffers would settle in, and the next image would not fit.
 
 `scripts/bench_memory.py allocator` measures both on your machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from enum import Enum
 
 from umtrain.memory import linux
@@ -26,6 +29,7 @@ class FreedBuffers(Enum):
 
     GLIBC = (32 * 2**20, 64 * 2**20)
     RECYCLE = (2**30, -1)
+    RECYCLE_STRIPS = (64 * 2**20, -1)
     GIVE_BACK = (2**20, 2**20)
 
 
@@ -43,6 +47,16 @@ def set_freed_buffers(choice: FreedBuffers) -> FreedBuffers:
     if mallopt(M_MMAP_THRESHOLD, mmap_bytes) and mallopt(M_TRIM_THRESHOLD, trim_bytes):
         _current = choice
     return before
+
+
+@contextmanager
+def giving_back() -> Generator[None]:
+    """Make large buffers mappings of their own inside the block: they leave no hole when freed."""
+    before = set_freed_buffers(FreedBuffers.GIVE_BACK)
+    try:
+        yield
+    finally:
+        set_freed_buffers(before)
 
 
 def close_heap_holes() -> Callable[[], None]:

@@ -99,13 +99,13 @@ class Strategy(ABC):
     def close(self) -> None:
         """Give back memory, threads and the enforced budget; the model is as it was before.
 
-        Writes trace.json and timeline.png where a trace was asked for.
+        Writes trace.json and timeline.png where a trace was asked for and a step was run.
         """
         self._cleanup.close()
         # What the heap keeps for the next step is nobody's now: what comes next asks what is free.
         linux.trim_heap()
         folder, self._trace_folder = self._trace_folder, None
-        if folder is not None:
+        if folder is not None and self.trace.spans():
             from umtrain.memory.timeline import write_timeline
 
             write_timeline(self.trace, folder, f"memory={self.name}")

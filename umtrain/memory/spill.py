@@ -70,7 +70,8 @@ class SpillFile:
     """An unnamed file in `directory`, mapped whole, that hands out blocks.
 
     With `is_direct` its blocks are read and written past the page cache where that is possible.
-    Raises DeviceError if the directory cannot be written or has not `reserve_bytes` to give.
+    Raises DeviceError if the directory cannot be written, and OutOfMemoryError if it has not
+    `reserve_bytes` to give.
     """
 
     def __init__(
@@ -128,11 +129,12 @@ class SpillFile:
             raise self._no_room(n_bytes, error) from error
         self._reserved_bytes = target_bytes
 
-    def _no_room(self, n_bytes: int, error: OSError) -> DeviceError:
+    def _no_room(self, n_bytes: int, error: OSError) -> OutOfMemoryError:
         free = os.statvfs(self.fd)
-        return DeviceError(
-            f"memory.spill_dir={self.directory} has not the room for saved tensors: "
-            f"{format_bytes(n_bytes)} are needed, {format_bytes(free.f_bavail * free.f_frsize)} "
+        free_bytes = free.f_bavail * free.f_frsize
+        return OutOfMemoryError(
+            f"host memory ran out: memory.spill_dir={self.directory} has not the room for saved "
+            f"tensors: {format_bytes(n_bytes)} are needed, {format_bytes(free_bytes)} "
             f"are free ({error.strerror}); free some, lower res or choose another directory"
         )
 
@@ -143,13 +145,19 @@ class SpillFile:
 
     @contextmanager
     def naming_itself(self) -> Generator[None]:
-        """Turn what the disk answers into DeviceError: it may fill up, or fail, in mid-training."""
+        """Name the disk in what it answers: it may fill up, or fail, in mid-training.
+
+        A full disk is OutOfMemoryError, as it is host memory; any other failure DeviceError.
+        """
         try:
             yield
         except OSError as error:
-            raise DeviceError(
-                f"memory.spill_dir={self.directory}: the spill file could not be read or written "
-                f"({error.strerror}); free some of that disk or choose another directory"
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            kind = OutOfMemoryError if is_full else DeviceError
+            raise kind(
+                f"{'host memory ran out: ' if is_full else ''}memory.spill_dir={self.directory}: "
+                f"the spill file could not be read or written ({error.strerror}); free some of "
+                "that disk or choose another directory"
             ) from error
 
     def take(self, n_bytes: int) -> SpillBlock:

@@ -91,6 +91,7 @@ class Stream(Strategy):
         settings = Settings(
             self._arena_bytes, self._host, self._strip_bytes, self._report, allocate, self.links
         )
+        self._granted_bytes: int | None = None
         self._streamer = Streamer(model, settings)
         model.forward = self._streamer
         self._cleanup.callback(self._streamer.close)
@@ -110,13 +111,23 @@ class Stream(Strategy):
 
     def _enforce_budget(self, model: nn.Module) -> DeviceBudget:
         budget = super()._enforce_budget(model)
-        # Strips come and go by the thousand, and are all of a few sizes: their pages are kept.
-        before = set_freed_buffers(FreedBuffers.RECYCLE)
+        before = set_freed_buffers(FreedBuffers.RECYCLE_STRIPS)
         self._cleanup.callback(set_freed_buffers, before)
         return budget
 
     def _arena_bytes(self) -> int:
-        """Return what feature maps may take: what is free, less all else that a step needs."""
+        """Return what feature maps may take beside an arena that is idle.
+
+        A budget is divided once, before the first step: later, what steps need is there already.
+        """
+        if self.options.device_budget_bytes is None:
+            return self._free_bytes()
+        if self._granted_bytes is None:
+            self._granted_bytes = self._free_bytes()
+        return self._granted_bytes - self._streamer.idle_bytes
+
+    def _free_bytes(self) -> int:
+        """Return what is free, less all else that a step needs."""
         left_bytes = self._budget.left_bytes()
         if left_bytes is None:
             is_cuda = self.options.device == "cuda"

@@ -4,7 +4,7 @@
 feature map. Alone, all of it does nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
 from typing import Any, Self, TypeVar
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from umtrain.config import RunConfig
 from umtrain.data.share import WHOLE, Share
+from umtrain.data.skipped import Skipped
+from umtrain.errors import DataError
 from umtrain.exchange import Links, given_rows
 from umtrain.memory.base import Strategy
 from umtrain.models.norm import join_statistics
@@ -43,7 +45,7 @@ class Ranks:
     ) -> None:
         self.world, self._n_input_rows = world, n_input_rows
         self._is_spatial = mode == "spatial" and not world.is_alone
-        self._joins_statistics = sync_batchnorm and not self._is_spatial and not world.is_alone
+        self.joins_statistics = sync_batchnorm and not self._is_spatial and not world.is_alone
         self.share = WHOLE if self._is_spatial else Share(world.rank, world.n_ranks)
         self._sums: GradientSums | None = None
 
@@ -58,7 +60,7 @@ class Ranks:
             return
         self.world.spread_weights(model)
         self._sums = GradientSums(model.parameters(), self.world)
-        if self._joins_statistics:
+        if self.joins_statistics:
             join_statistics(model, self.world)
         strategy.links = self._links(self._sums.take)
 
@@ -69,31 +71,39 @@ class Ranks:
 
     def _links(self, on_gradient: Callable[[nn.Parameter, Tensor], bool]) -> Links:
         return Links(
-            statistics=self.world if self._joins_statistics else None,
+            statistics=self.world if self.joins_statistics else None,
             bands=self.world if self._is_spatial else None,
             n_input_rows=self._n_input_rows if self._is_spatial else 0,
             on_gradient=on_gradient,
             agree=self.world.all_true,
         )
 
-    def start_batch(self, n_images: int, is_last: bool) -> float:
-        """Take note of a batch of all ranks' `n_images`; return how many this rank's loss counts.
+    def start_batch(self, ids: Sequence[str], is_last: bool) -> float:
+        """Take note of this rank's images of a batch; return for how many its loss counts.
 
-        `is_last` says that the step ends with it.
+        `is_last` says that the step ends with it. Raises DataError if ranks that share an image's
+        rows have not read the same ones.
         """
-        n_own = self.share.n_own(n_images)
-        self.world.is_idle = n_own == 0
+        self.world.is_idle = not ids
         if is_last and self._sums is not None:
             self._sums.start()
-        # Spread by rows, every rank has the loss of the whole image, which may count once.
-        return n_images / self.world.n_ranks if self._is_spatial else float(n_own)
+        if not self._is_spatial:
+            return float(len(ids))
+        read = self.world.collect(list(ids))
+        if any(others != read[0] for others in read):
+            raise DataError(
+                f"parallel=spatial: not all processes could read the same images ({read}); see "
+                "which were left out, and why, in what they said"
+            )
+        # Every rank has the loss of the whole image, which may count once.
+        return len(ids) / self.world.n_ranks
 
-    def finish_step(self, loss: float) -> float:
-        """Wait for the sums of gradients; return the sum of all ranks' losses."""
+    def finish_step(self, figures: Sequence[float]) -> list[float]:
+        """Wait for the sums of gradients; return the sums of all ranks' figures."""
         self.world.is_idle = False
         if self._sums is not None:
             self._sums.finish()
-        return self.world.sum(loss)
+        return self.world.sums(figures)
 
     def band_of(self, images: Tensor) -> Tensor:
         """Return the rows of images (N, C, H, W) that this rank's network is given, a view."""
@@ -109,9 +119,19 @@ class Ranks:
         batches = zip_longest(*self.world.collect(rows_by_batch), fillvalue=())
         return [row for parts in batches for part in parts for row in part]
 
+    def joined(self, values: list[T]) -> list[T]:
+        """Return all ranks' values of what each finds in its share."""
+        return values if self._is_spatial else list(chain.from_iterable(self.world.collect(values)))
+
+    def merge_skipped(self, skipped: Skipped) -> None:
+        """Leave out what any rank has left out. Raises DataError if that is too much."""
+        if not self.world.is_alone:
+            for entries in self.world.collect(skipped.entries):
+                skipped.merge(entries)
+
     def whole_sum(self, value: float) -> float:
         """Return the sum of all ranks' values of what each finds in its share."""
-        return value if self._is_spatial else self.world.sum(value)
+        return value if self._is_spatial else self.world.sums([value])[0]
 
     def spread_buffers(self, model: nn.Module) -> None:
         """Give all ranks the first one's running statistics, for evaluation and checkpoints."""

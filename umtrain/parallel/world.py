@@ -113,11 +113,14 @@ class World:
 
         return wait
 
-    def sum(self, value: float) -> float:
-        """Return the sum of all ranks' values."""
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of all ranks' values, one by one."""
         if self.is_alone:
-            return value
-        return self.total(torch.tensor(value, dtype=torch.float64, device=self.device)).item()
+            return list(values)
+        summed: list[float] = self.total(
+            torch.tensor(values, dtype=torch.float64, device=self.device)
+        ).tolist()
+        return summed
 
     def all_true(self, value: bool) -> bool:
         """Return whether `value` is true on every rank."""

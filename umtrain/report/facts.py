@@ -253,6 +253,10 @@ def time_table(record: Record) -> TextTable:
         ("Best epoch", _train(record, "best_epoch")),
         ("The whole run", NOTHING if took_s is None else format_duration(took_s)),
     ]
+    if resumed := figure(record, "train.resumed_after_steps"):
+        rows.append(("Interrupted, and gone on with after step", ", ".join(map(str, resumed))))
+    if left_out := figure(record, "train.steps_left_out"):
+        rows.append(("Steps without an update, as the loss was no number", _count(len(left_out))))
     return TextTable("Time; mean ± standard deviation over steps", rows)
 
 

@@ -17,7 +17,8 @@ def training_plot(run_dir: Path, record: Record) -> Panel:
     if not source.exists():
         return Absent(_TITLE, f"the run directory has no {source.name}")
     with source.open(newline="", encoding="utf-8") as stream:
-        steps = list(csv.DictReader(stream))
+        # Steps all of whose images were left out have no loss.
+        steps = [row for row in csv.DictReader(stream) if row["loss"] != "nan"]
     if not steps:
         return Absent(_TITLE, "no step had finished")
     path = run_dir / "training.png"

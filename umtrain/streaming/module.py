@@ -75,6 +75,11 @@ class Streamer:
         parts = self._traced[self._training()].streamed
         return [ready.compiled.plan for part in parts for ready in part.compiled.values()]
 
+    @property
+    def idle_bytes(self) -> int:
+        """Return the memory of arenas that no step uses now."""
+        return self._arenas.idle_bytes
+
     def close(self) -> None:
         """Let go of the arena and of all that was compiled; a step under way keeps its own."""
         self._traced.clear()

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from umtrain import models
 from umtrain.config import RunConfig
 from umtrain.data.dataset import RadiographDataset, SlideDataset
+from umtrain.data.isolated import READ_LIMITS, Limits
 from umtrain.data.loader import Batch, Loader, make_loader
 from umtrain.data.manifest import Manifest, Radiograph, Slide, Split
 from umtrain.data.share import WHOLE, Share
+from umtrain.data.skipped import Skipped
 from umtrain.models.norm import set_eval_statistics
 
 Row = dict[str, Any]
@@ -25,7 +27,8 @@ class Task(ABC):
     """One kind of dataset: how its batches become a loss, predictions and metrics.
 
     `fields` are the columns of predictions.csv; `headline` is the metric that names the best
-    epoch, with `higher_is_better` for its direction.
+    epoch, with `higher_is_better` for its direction. `skipped` are the images that loaders leave
+    out.
     """
 
     in_channels: ClassVar[int]
@@ -38,6 +41,7 @@ class Task(ABC):
     def __init__(self, config: RunConfig, manifest: AnyManifest) -> None:
         self.config = config
         self.manifest = manifest
+        self.skipped = Skipped(manifest.records, config.dataset.max_bad_fraction)
 
     @property
     @abstractmethod
@@ -60,7 +64,14 @@ class Task(ABC):
             seed=self.config.seed,
             workers=self.config.dataset.workers,
             share=share,
+            limits=self.limits,
+            skipped=self.skipped,
         )
+
+    @property
+    def limits(self) -> Limits:
+        """What reading one image may cost."""
+        return Limits(self.config.dataset.read_timeout_s, READ_LIMITS.memory_bytes)
 
     @abstractmethod
     def inputs(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,139 @@
+import pickle
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from umtrain.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    prune,
+    save_checkpoint,
+    step_path,
+    step_paths,
+)
+from umtrain.errors import RunError
+from umtrain.files import remove_leftovers
+
+STATE = {
+    "weights": torch.arange(48, dtype=torch.float32).reshape(1, 3, 4, 4),
+    "half": torch.tensor([1.5, -0.0], dtype=torch.bfloat16),
+    "scalar": torch.tensor(7),
+    "values": {"lr": 0.1, 3: [True, None, "x"], "best": (0.5, -1.0)},
+}
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    channels_last = STATE["weights"].to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path / "a.pt", {**STATE, "weights": channels_last, "n": np.float64(2)})
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert loaded["weights"].equal(STATE["weights"])
+    assert loaded["weights"].stride() == channels_last.stride()
+    assert loaded["half"].view(torch.int16).equal(STATE["half"].view(torch.int16))
+    assert loaded["scalar"].item() == 7
+    assert (loaded["values"], loaded["n"]) == (STATE["values"], 2.0)
+
+
+def _same(one, other):
+    return all(
+        value.equal(other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        for key, value in one.items()
+    )
+
+
+def test_no_flipped_bit_and_no_missing_end_goes_unnoticed(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, STATE)
+    whole = path.read_bytes()
+    n_refused = 0
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        for content in (damaged, whole[:position]):
+            path.write_bytes(content)
+            try:
+                # Names and padding of the container may change: what was saved may not.
+                assert _same(STATE, load_checkpoint(path))
+            except RunError:
+                n_refused += 1
+    assert n_refused > len(whole) / 7
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+
+    torch.save({"sha256": Harm()}, tmp_path / "a.pt", pickle_module=pickle)
+    with pytest.raises(RunError, match="damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / "a.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_the_last_whole_checkpoint_is_used_and_damaged_ones_are_named(tmp_path):
+    for step in (2, 4, 6):
+        save_checkpoint(step_path(tmp_path, step), {"step": step})
+    step_path(tmp_path, 6).write_bytes(step_path(tmp_path, 6).read_bytes()[:100])
+    said = []
+    path, state = newest_checkpoint(tmp_path, said.append)
+    assert (path.name, state) == ("step-00000004.pt", {"step": 4})
+    assert len(said) == 1
+    assert "step-00000006.pt: damaged" in said[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    step_path(tmp_path, 3).write_bytes(b"")
+    for _ in range(2):  # not at the second try either
+        with pytest.raises(RunError, match="every checkpoint is damaged; restore one"):
+            newest_checkpoint(tmp_path, lambda text: None)
+
+
+def test_no_checkpoint_at_all_is_a_run_that_begins(tmp_path):
+    assert newest_checkpoint(tmp_path, lambda text: None) is None
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, unique=True).map(sorted),
+    st.sets(st.integers(1, 30)),
+)
+def test_the_last_two_and_the_best_of_each_are_kept(tmp_path_factory, steps, chosen):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    best_steps = sorted(chosen & set(steps))
+    for position, step in enumerate(steps):
+        step_path(folder, step).touch()
+        prune(folder, [best for best in best_steps if best <= step])
+        left = {int(path.stem[5:]) for path in step_paths(folder)}
+        assert set(steps[max(0, position - 1) : position + 1]) <= left
+        for kept in steps[max(0, position - 1) : position + 1]:
+            before = [best for best in best_steps if best <= kept]
+            assert not before or before[-1] in left
+        assert len(left) <= 4
+
+
+def test_a_disk_that_is_full_leaves_the_earlier_checkpoint(tmp_path):
+    path = tmp_path / "step-00000001.pt"
+    save_checkpoint(path, {"x": torch.zeros(10)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        with pytest.raises(RunError, match=r"could not be written \(File too large\); earlier"):
+            save_checkpoint(path, {"x": torch.ones(2**20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [path]
+    assert load_checkpoint(path)["x"].equal(torch.zeros(10))
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path):
+    kept = [".gitignore", ".lock", "a.pt", ".hidden.txt", ".a.toolongname.pt"]
+    torn = [".step-00000004.ab12_xyz.pt", ".metrics.q1w2e3r4.json"]
+    (tmp_path / "checkpoints").mkdir()
+    for name in kept + torn:
+        (tmp_path / "checkpoints" / name).touch()
+    remove_leftovers(tmp_path)
+    left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(left) == sorted(kept)
