@@ -55,7 +55,7 @@ def test_norms_that_look_at_one_image_need_no_other_rank(crew, strategy):
 @pytest.mark.parametrize("strategy", ["vanilla", "stream"])
 def test_joint_statistics_in_bf16_err_as_bf16_does(crew, strategy):
     for answer in crew(2).run("mixed", strategy=strategy):
-        assert answer["error"] < 0.03
+        assert answer["of_ranks"] < 1.5 * answer["of_one"]
 
 
 @pytest.mark.parametrize("strategy", ["vanilla", "stream"])
