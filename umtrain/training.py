@@ -147,6 +147,7 @@ class Trainer:
         self.progress = Progress()
         self._memory_before: Record | None = None
         self._n_steps_before = 0
+        self._n_done = 0  # steps of the epoch that is next, done by an earlier session
         self._is_whole = True  # no step has begun that is not over
         self._saved_step: int | None = None
         self._saved_s = time.monotonic()
@@ -175,7 +176,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, log: StepLog) -> None:
         first_step = (epoch - 1) * self.steps_per_epoch
         planned = min(self.steps_per_epoch, self.total_steps - first_step)
-        n_done = len(self.progress.steps) - first_step
+        n_done, self._n_done = self._n_done, 0
         if n_done == planned:
             return
         title = f"epoch {epoch}/{self.config.epochs}"
@@ -185,7 +186,7 @@ class Trainer:
             for done in range(n_done + 1, planned + 1):
                 self.strategy.on_progress = _Inside(bar, done, "step").update
                 with self.stop.finishing():
-                    step = self._step(epoch, batches)
+                    step = self._step(epoch, done - 1, batches)
                     self._note(step, log)
                 bar.update(done, f"loss {step.loss:.4f}  {step.images / step.step_s:.2f}/s")
                 self._save_if_due()
@@ -205,9 +206,9 @@ class Trainer:
         figures = {"loss": step.loss, "lr": step.lr, "images_per_s": images_per_s}
         self.logger.step(step.step, figures)
 
-    def _step(self, epoch: int, batches: Iterator[tuple[Batch, float]]) -> Step:
+    def _step(self, epoch: int, step_in_epoch: int, batches: Iterator[tuple[Batch, float]]) -> Step:
         number = len(self.progress.steps) + 1
-        n_batches, n_images_planned = self._plan_step((number - 1) % self.steps_per_epoch)
+        n_batches, n_images_planned = self._plan_step(step_in_epoch)
         lr = self.optimizer.param_groups[0]["lr"]
         wait_s, busy_s, n_counted, total_loss = 0.0, 0.0, 0.0, 0.0
         undo = _BufferCopy(self.model) if self.config.on_nan == "skip" else None
@@ -428,6 +429,7 @@ class Trainer:
             "progress": self.progress.state(),
             "random": random_state(),
             "strategy": self.strategy.running_name,
+            "together": self.together,
             "config": config_to_dict(self.config),
             "manifest_sha256": self.task.manifest.sha256,
             "skipped": self.task.skipped.entries,
@@ -447,10 +449,32 @@ class Trainer:
         self.clock.go_on(state["started_at_s"], state["elapsed_s"])
         self.task.skipped.restore(state["skipped"])
         restore_random_state(state["random"])
+        self._n_done = sum(s.epoch == self.progress.epochs + 1 for s in self.progress.steps)
+        if state["together"] != self.together:
+            self._go_on_with_other_batches(state["together"])
         self._memory_before, self._n_steps_before = state["memory_use"], state["step"]
         self._saved_step = state["step"]
         if self.ranks.world.is_main:
             self._restore_best(path.parent)
+
+    def _go_on_with_other_batches(self, together_before: int) -> None:
+        """Go on where another number of ranks left: at as many images of the epoch, or just before.
+
+        The learning rate is that of the same share of the training.
+        """
+        accumulate = self.config.optim.accumulate
+        n_images = min(self._n_done * accumulate * together_before, self.n_train)
+        is_over = n_images == self.n_train
+        self._n_done = n_images // (accumulate * self.together)
+        if is_over:
+            self._n_done = self.steps_per_epoch
+        if isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
+            position = self.progress.epochs * self.steps_per_epoch + self._n_done
+            self.schedule.last_epoch = position
+            rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+            for group, (base, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * factor(position)
+        self.console.say(f"ranks    batches of {self.together} images, {together_before} before")
 
     def _restore_best(self, folder: Path) -> None:
         """Make best.pt the best weights as of now: it may be older, or of steps that are lost."""

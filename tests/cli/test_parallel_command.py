@@ -88,10 +88,10 @@ def test_what_is_wrong_for_all_ranks_is_said_once(slides, tmp_path):
     assert done.stderr.count("unknown memory 'nonsense'") == 1
 
 
-def test_an_interrupt_ends_all_ranks(slides, tmp_path):
-    words = ("fit", f"dataset.manifest={slides}", *CHOICES, "epochs=1000", "run_dir=run")
+def test_interrupted_ranks_all_end_and_another_number_of_them_goes_on(slides, umtrain, tmp_path):
+    words = ("fit", f"dataset.manifest={slides}", *CHOICES, "epochs=25", "run_dir=run")
     process = subprocess.Popen(
-        _command(2, *words),
+        _command(3, *words),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -107,6 +107,38 @@ def test_an_interrupt_ends_all_ranks(slides, tmp_path):
         assert process.wait(60) != 0
     assert psutil.wait_procs(ranks, timeout=30)[1] == []
     assert json.loads((tmp_path / "run/metrics.json").read_text())["status"] == "interrupted"
+    done = umtrain("fit", "resume=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "batches of 1 images, 3 before" in done.stdout
+    record = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (record["status"], record["train"]["epochs"]) == ("ok", 25)
+    n_images = {row["epoch"]: 0 for row in _rows(tmp_path / "run/steps.csv")}
+    for row in _rows(tmp_path / "run/steps.csv"):
+        n_images[row["epoch"]] += int(row["images"])
+    assert len(n_images) == 25
+    assert set(n_images.values()) == {4}
+
+
+@pytest.mark.parametrize("memory", ["vanilla", "stream"])
+def test_a_rank_whose_image_cannot_be_read_keeps_the_others_company(slides, tmp_path, memory):
+    rows = _rows(slides)
+    for row in rows:
+        row["path"] = str(slides.parent / row["path"])
+        row["mask"] = ""
+    [broken, *_] = [row for row in rows if row["split"] == "train"]
+    broken["path"] = str(tmp_path / "broken.tif")
+    (tmp_path / "broken.tif").write_bytes(b"no slide")
+    with (tmp_path / "slides.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    words = ("fit", "dataset.manifest=slides.csv", *CHOICES, f"memory={memory}", "run_dir=run")
+    done = _torchrun(2, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert [entry["id"] for entry in record["data"]["skipped"]] == [broken["slide_id"]]
+    images = [int(row["images"]) for row in _rows(tmp_path / "run/steps.csv")]
+    assert sorted(images) == [1, 1, 2, 2]
 
 
 def test_a_command_of_one_process_refuses_torchrun(tmp_path):
