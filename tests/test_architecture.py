@@ -11,7 +11,7 @@ import umtrain
 
 ROOT = Path(umtrain.__file__).parent
 # What each part of the house may know of the rest of it.
-GROUND = {"errors", "units", "files"}
+GROUND = {"errors", "units", "files", "exchange"}
 ALLOWED = {
     "data": GROUND | {"data", "console"},
     "models": GROUND | {"models"},
@@ -22,6 +22,7 @@ ALLOWED = {
     "report": GROUND | {"report", "console"},
     "config": GROUND,
     "tasks": GROUND | {"tasks", "config", "data", "models", "evaluation"},
+    "parallel": GROUND | {"parallel", "config", "data", "models", "memory"},
 }
 CUDA_FILES = {"pool_cuda"}
 

@@ -118,6 +118,8 @@ def test_a_config_of_before_there_were_approaches_is_that_of_whole_slides():
         ("model.norm=frozen", ["give model.pretrained=PATH"]),
         ("optim.name=adamw", ["unknown key 'optim.name'"]),
         ("dataset.mpp=0.5", ["has no effect with dataset.fit=resize"]),
+        ("parallel=spatial", ["which only memory=stream can, not memory=auto"]),
+        ("parallel=both", ["unknown parallel 'both'", "data, spatial"]),
         ("memory.oversubscribe=2", ["memory.oversubscribe=2: expected true or false"]),
         ("optim.lr=inf", ["optim.lr=inf: must be more than 0, and finite"]),
         ("seed=99999999999999999999", ["below 2**63"]),

@@ -4,13 +4,15 @@ Nothing heavy is imported before the command is known: help answers at once.
 """
 
 import errno
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from umtrain import __version__, texts
-from umtrain.errors import ConfigError, UmtrainError
+from umtrain.errors import ConfigError, ManifestError, RankError, UmtrainError
 
 if TYPE_CHECKING:
     from umtrain.console import Console
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 _HELP = ("--help", "-h", "help")
 EXIT_INTERRUPTED = 130
+_FIRST_RANK_SPEAKS_S = 5.0
+_OF_SEVERAL = ("fit", "eval")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,10 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(words[0], words[1:])
     except UmtrainError as error:
-        print(f"umtrain: {error}", file=sys.stderr)
+        _complain(error)
         return error.exit_code
     except KeyboardInterrupt as error:
-        print(f"umtrain: {error if str(error) else 'interrupted'}", file=sys.stderr)
+        if _rank() == 0:
+            print(f"umtrain: {error if str(error) else 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; there is no one to tell.
@@ -50,12 +55,31 @@ def main(arguments: list[str] | None = None) -> int:
         return ConfigError.exit_code
 
 
+def _rank() -> int:
+    """Return which of several processes that train together this is; 0 if it is alone."""
+    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
+
+
+def _complain(error: UmtrainError) -> None:
+    """Say what is wrong, once: what is wrong for every rank, only the first one says."""
+    if _rank() == 0:
+        print(f"umtrain: {error}", file=sys.stderr)
+    elif isinstance(error, ConfigError | ManifestError | RankError):
+        time.sleep(_FIRST_RANK_SPEAKS_S)  # torchrun ends all as soon as one has ended
+    else:
+        print(f"umtrain: rank {_rank()}: {error}", file=sys.stderr)
+
+
 def _run(command: str, words: list[str]) -> int:
     if command not in texts.COMMANDS:
         raise ConfigError(f"unknown command {command!r}; commands: {', '.join(texts.COMMANDS)}")
     if any(word in _HELP for word in words):
         print(texts.command_help(command))
         return 0
+    if command not in _OF_SEVERAL and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"umtrain {command} is one process; torchrun is for fit and eval: leave it out here"
+        )
     return _COMMANDS[command](words)
 
 
@@ -69,9 +93,11 @@ def _fit(words: list[str]) -> int:
         from umtrain.run_dir import continued_config
 
         config = continued_config(words)
+    from umtrain.parallel.world import joined
     from umtrain.runner import fit
 
-    fit(config, _console())
+    with joined(config.device):
+        fit(config, _console())
     return 0
 
 
@@ -96,9 +122,11 @@ def _eval(words: list[str]) -> int:
     if "cases" in given.values:
         changes["cases"] = given.integer("cases", 0, 0)
     run = given.values.get("run")
+    from umtrain.parallel.world import joined
     from umtrain.runner import evaluate
 
-    evaluate(Path(run).expanduser() if run else None, split, changes, _console())
+    with joined(given.values.get("device", "auto")):
+        evaluate(Path(run).expanduser() if run else None, split, changes, _console())
     return 0
 
 
@@ -162,7 +190,7 @@ def _completion(words: list[str]) -> int:
 def _console() -> "Console":
     from umtrain.console import Console
 
-    console = Console()
+    console = Console() if _rank() == 0 else Console.silent()
     console.relay_logging()
     return console
 

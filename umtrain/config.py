@@ -29,6 +29,7 @@ CHOICES = {
     "optim.class_weights": ("balanced", "none"),
     "precision": ("auto", "fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
+    "parallel": ("data", "spatial"),
     "logger": ("none", "tensorboard"),
     "on_nan": ("stop", "skip"),
 }
@@ -95,6 +96,7 @@ class ModelConfig:
     norm: str = _key("normalisation layers", "batch")
     pool: str | None = _key("global pooling of a classifier; null: avgmax", None)
     pretrained: str | None = _key("torch.save file of weights to start from", None)
+    sync_batchnorm: bool = _key("batch norm over the images of all processes", False)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class RunConfig:
     max_steps: int | None = _key("stop after this many steps; null: by epochs", None)
     precision: str = _key("auto: bf16 where the processor has it, else fp32", "auto")
     device: str = _key("auto: the GPU if there is one", "auto")
+    parallel: str = _key("several processes share the images, or the rows of each image", "data")
     seed: int = _key("seed of weights, order and augmentation", 0)
     cases: int = _key("worst test images that are drawn, slides with Grad-CAM", 3)
     run_dir: str | None = _key("folder of the run; null: a new one in runs/", None)
@@ -247,6 +250,18 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     config: RunConfig = _build(RunConfig, values, "")
     check_config(config)
     return config
+
+
+def typed_group(schema: type[Any], path: Path, changes: dict[str, str], prefix: str) -> Any:
+    """Return the dataclass `schema` with the values of a YAML file, `changes` as typed words.
+
+    `prefix` names the keys in messages. Raises ConfigError for unknown keys and wrong types.
+    """
+    import yaml
+
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values |= {key: yaml.safe_load(text) for key, text in changes.items()}
+    return _build(schema, values, prefix)
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -448,6 +463,7 @@ def _check_combinations(config: RunConfig) -> None:
     dataset, model = config.dataset, config.model
     _check_approach(config)
     _check_ignored(config)
+    _check_parallel(config)
     if _MODEL_TASKS[model.name] != dataset.name:
         fitting = [name for name, task in _MODEL_TASKS.items() if task == dataset.name]
         raise ConfigError(
@@ -492,6 +508,20 @@ def _check_volume(config: RunConfig) -> None:
             f"res={config.res}, dataset.depth={dataset.depth}: the deepest map would be a single "
             f"position, which has no spread to normalise by; use dataset.depth={_CT_STRIDES[0] + 1}"
             f" or more, or res={_CT_STRIDES[1] + 1} or more"
+        )
+
+
+def _check_parallel(config: RunConfig) -> None:
+    if config.parallel == "spatial" and config.memory.name != "stream":
+        raise ConfigError(
+            f"parallel=spatial spreads the rows of feature maps over processes, which only "
+            f"memory=stream can, not memory={config.memory.name}; add memory=stream, or use "
+            "parallel=data"
+        )
+    if config.model.sync_batchnorm and config.model.norm != "batch":
+        raise ConfigError(
+            f"model.sync_batchnorm=true: model.norm={config.model.norm} has no statistics of a "
+            "batch; leave one of them out"
         )
 
 

@@ -42,6 +42,11 @@ class Console:
         self.rich = rich or RichConsole(highlight=False, width=width, soft_wrap=width is not None)
         self._log: IO[str] | None = None
 
+    @classmethod
+    def silent(cls) -> "Console":
+        """Return one that prints nothing; it keeps a log all the same."""
+        return cls(RichConsole(quiet=True))
+
     def relay_logging(self) -> None:
         """Say what umtrain's modules log, which know of no console."""
         logger = logging.getLogger("umtrain")

@@ -46,5 +46,9 @@ class OutOfMemoryError(UmtrainError):
     exit_code = 3
 
 
+class RankError(UmtrainError):
+    """One of several processes that train together has ended."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked the command to end; the text says which, and how to go on."""

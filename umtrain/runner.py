@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -35,6 +35,9 @@ from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import group_rows, make_groups
 from umtrain.memory.working_set import measure_working_sets
+from umtrain.parallel.ranks import world_facts
+from umtrain.parallel.scratch import run_dir_of_rank
+from umtrain.parallel.world import alone, world
 from umtrain.planning.host import Readers, check_run
 from umtrain.planning.subject import Subject
 from umtrain.randomness import seed_all
@@ -53,7 +56,7 @@ from umtrain.run_dir import (
 )
 from umtrain.signals import StopRequest
 from umtrain.tasks import AnyManifest, Row, Task
-from umtrain.training import Trainer, autocast, inference, input_dtype
+from umtrain.training import Trainer, autocast, inference, input_dtype, ranks_of
 
 _N_SHOWN = 20
 _OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # numbers for each parameter
@@ -62,19 +65,23 @@ _OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # numbers for each parameter
 def fit(config: RunConfig, console: Console) -> Path:
     """Train, validate each epoch, evaluate the test split; return the run directory.
 
-    The record is written however the run ends: ok, oom, failed or interrupted. Raises
-    UmtrainError for what the user can mend and OutOfMemoryError when memory ran out.
+    All ranks of a world run it; those but the first work in a scratch folder. The record is
+    written however the run ends: ok, oom, failed or interrupted. Raises UmtrainError for what the
+    user can mend and OutOfMemoryError when memory ran out.
     """
     clock = RunClock()
     check_logger(config.logger)
     recycle_large_buffers()
-    run_dir = choose_run_dir(config)
     device = resolve_device(config.device)
     config = dataclasses.replace(
         config, device=device.type, precision=resolve_precision(config.precision, device)
     )
-    with StopRequest(config.signal_grace_s) as stop:
-        config, manifest = _with_manifest(config, console)
+    with (
+        StopRequest(config.signal_grace_s) as stop,
+        run_dir_of_rank(lambda: choose_run_dir(config)) as run_dir,
+    ):
+        with world().main_first():
+            config, manifest = _with_manifest(config, console)
         task = tasks.create(config, manifest)
         make_run_dir(run_dir)
         with run_lock(run_dir), _how_to_go_on(run_dir):
@@ -95,16 +102,17 @@ def _fit_in(
     stop: StopRequest,
 ) -> None:
     """Begin, go on with or finish the run whose directory this process holds."""
-    config = task.config
-    start = plan_start(run_dir, config, task.manifest.sha256, console.say)
+    config, is_main = task.config, world().is_main
+    start = _agreed_start(run_dir, task, console)
     if start.is_over:
         console.say(f"{run_dir} is finished; nothing is left to do")
-        _publish(run_dir, read_record(run_dir), console)
+        if is_main:
+            _publish(run_dir, read_record(run_dir), console)
         return
     write_config(run_dir, config)
     record = _new_record("fit", task, device)
     first_step = 1 + (step_of(start.checkpoint) if start.checkpoint else 0)
-    logger = create_logger(config.logger, run_dir, first_step)
+    logger = create_logger(config.logger if is_main else "none", run_dir, first_step)
     session = _Session(run_dir, device, console, logger, clock, stop, start)
     try:
         with _outcome(record, run_dir, clock):
@@ -112,13 +120,35 @@ def _fit_in(
             with naming_device_failures():
                 _train(two_stage.network_task(task), session, record)
                 if config.approach == two_stage.NAME:
-                    _fit_slide_model(task, device, run_dir, record, console)
-                _test(task, device, run_dir, record, console)
-        _publish(run_dir, record, console)
-        pictures = sorted([*run_dir.glob("*.png"), *run_dir.glob("cases/*.png")])
-        logger.pictures(record["train"]["steps"], pictures)
+                    _finish_two_stage(task, device, run_dir, record, console)
+                else:
+                    _test(task, device, run_dir, record, console)
+        if is_main:
+            _publish(run_dir, record, console)
+            pictures = sorted([*run_dir.glob("*.png"), *run_dir.glob("cases/*.png")])
+            logger.pictures(record["train"]["steps"], pictures)
     finally:
         logger.close()
+
+
+def _agreed_start(run_dir: Path, task: Task, console: Console) -> Start:
+    """Return how the first rank's run directory says that the session begins, on every rank."""
+    start = Start()
+    if world().is_main:
+        start = plan_start(run_dir, task.config, task.manifest.sha256, console.say)
+        if start.checkpoint:
+            start = dataclasses.replace(start, checkpoint=start.checkpoint.absolute())
+    return world().tell(start)
+
+
+def _finish_two_stage(
+    task: Task, device: torch.device, run_dir: Path, record: Record, console: Console
+) -> None:
+    """Fit the slide model and test; the first rank does it, the others are done."""
+    if world().is_main:
+        with alone():
+            _fit_slide_model(task, device, run_dir, record, console)
+            _test(task, device, run_dir, record, console)
 
 
 @dataclass(frozen=True)
@@ -173,9 +203,13 @@ def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], consol
     record["data"]["skipped"] = task.skipped.entries
     if not manifest.split(split):
         raise ConfigError(f"split={split}: {manifest.path} has no rows of this split")
+    if config.approach == two_stage.NAME and not world().is_main:
+        return run_dir  # maps of slides are made by the first rank alone
     console.say(f"evaluating {run_dir} on {len(manifest.split(split))} images of split {split}")
-    with run_lock(run_dir), naming_device_failures():
+    is_main = world().is_main
+    with run_lock(run_dir) if is_main else nullcontext(), naming_device_failures():
         _evaluate_split(task, split, device, run_dir, record, console, config.cases)
+    if is_main:
         _publish(run_dir, record, console)
     return run_dir
 
@@ -236,6 +270,7 @@ def _new_record(command: str, task: Task, device: torch.device) -> Record:
         "command": command,
         "started_at_s": time.time(),
         **run_identity(config),
+        "parallel": world_facts(config),
         "annotation": two_stage.annotation(config, manifest),
         "throughput": None,
         "memory_use": None,
@@ -348,7 +383,10 @@ def _train(task: Task, session: _Session, record: Record) -> None:
         try:
             with strategy.guard():
                 trainer.fit()
+            peaks = world().collect(strategy.stats().rss_peak_bytes)
+            record["parallel"]["rss_peak_bytes"] = peaks
         finally:
+            trainer.ranks.close()
             _note_training(task, trainer, record)
     finally:
         strategy.close()
@@ -419,6 +457,14 @@ def _fit_slide_model(
     record["train"]["slide_model"] = dataclasses.asdict(fitted)
 
 
+def _best_model_of_all(task: Task, device: torch.device, run_dir: Path) -> nn.Module:
+    """Return `_best_model` as the first rank reads it, on every rank."""
+    here = world()
+    model = _best_model(task, device, run_dir) if here.is_main else task.create_model().to(device)
+    here.spread_weights(model)
+    return model
+
+
 def _best_model(task: Task, device: torch.device, run_dir: Path) -> nn.Module:
     """Return the network of the run's best checkpoint; raises RunError if there is none of it."""
     path = run_dir / FOLDER / BEST
@@ -442,9 +488,11 @@ def _prepared(
     """
     strategy = create_strategy(task.config, device, trace=None)
     try:
+        ranks = ranks_of(task)
+        ranks.tie_inference(strategy)
         with strategy.guard(), autocast(device, task.config.precision):
             sample = task.sample_input(device, input_dtype(task.config.precision))
-            prepared = strategy.prepare_inference(model, sample)
+            prepared = strategy.prepare_inference(model, ranks.band_of(sample))
         with strategy.guard():
             yield prepared, strategy
     finally:
@@ -491,13 +539,15 @@ def _evaluate_split(
     n_cases: int,
 ) -> None:
     network = two_stage.network_task(task)
-    model = _best_model(network, device, run_dir)
+    model = _best_model_of_all(network, device, run_dir)
     with _prepared(network, model, device) as (prepared, strategy):
         if task.config.approach == two_stage.NAME:
             rows, loss = two_stage.slide_rows(task, prepared, split, run_dir, console)
         else:
-            loader = task.loader(split, training=False)
+            loader = task.loader(split, training=False, share=ranks_of(task).share)
             rows, loss = inference(task, prepared, strategy, split, loader, console)
+    if not world().is_main:
+        return
     if not rows:
         record[split], record["reasons"][split] = None, f"no image of split {split} can be read"
         write_predictions(run_dir, task.fields, rows, split)

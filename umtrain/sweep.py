@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from umtrain.report.sweep_page import main_axis, write_sweep_page
 from umtrain.report.tables import strategy_table, sweep_cells, sweep_table
 from umtrain.run_dir import read_run_config
 from umtrain.signals import StopRequest
+from umtrain.submission import LauncherConfig, Submitter, command_of_ranks, split_launcher
 
 SWEEPS = Path("runs")
 SUMMARY_NAME = "summary.json"
@@ -76,7 +78,9 @@ def sweep(overrides: list[str], console: Console) -> Path:
     A job that failed or ran out of memory is a row of the table, not an end. Finished jobs
     (ok or out of memory) of the same sweep are kept, unfinished ones go on from their last
     checkpoint. Raises ConfigError before the first job starts if any job's configuration is wrong.
+    `launcher=` says where jobs run.
     """
+    launcher, overrides = split_launcher(overrides)
     axes, fixed = sweep_axes(overrides)
     folder = _sweep_folder(axes, fixed)
     jobs = plan_jobs(axes, fixed, folder)
@@ -86,24 +90,66 @@ def sweep(overrides: list[str], console: Console) -> Path:
         raise RunError(f"run_dir={folder}: cannot be made ({error.strerror})") from error
     console.say(f"sweep of {len(jobs)} jobs in {folder}")
     started_s = time.monotonic()
-    records: list[Record] = []
+    run_all = _one_by_one if launcher.name == "local" else partial(_on_cluster, launcher, folder)
+    found: dict[int, Record] = {}
     grace_s = max(job.config.signal_grace_s for job in jobs)
     with _Display(console, list(axes)) as display, StopRequest(grace_s):
-        for number, job in enumerate(jobs, 1):
-            title = ", ".join(f"{key}={value}" for key, value in job.axes.items())
-            record = _finished(job)
-            if record is None:
-                console.say(f"job {number}/{len(jobs)}: {title}")
-                record = _run_job(job, display)
-            else:
-                console.say(f"job {number}/{len(jobs)}: {title}: finished before, kept")
-            records.append({**record, "axes": job.axes})
+        for position, record in run_all(jobs, display, console):
+            found[position] = {**record, "axes": jobs[position].axes}
+            records = [found[i] for i in sorted(found)]
             _write_summary(folder, list(axes), records)
-            display.finished(records)
+            display.finished(records, found[position])
+    records = [found[i] for i in sorted(found)]
     _show(folder, list(axes), records, console)
     console.say(f"took     {format_duration(time.monotonic() - started_s)}")
     console.say(f"summary  {folder / 'summary.csv'}")
     return folder
+
+
+def _one_by_one(
+    jobs: list[Job], display: "_Display", console: Console
+) -> Iterator[tuple[int, Record]]:
+    """Yield each job's position and record, run here in turn."""
+    for position, job in enumerate(jobs):
+        record = _finished(job)
+        _announce(position, jobs, console, "" if record is None else ": finished before, kept")
+        yield position, _run_job(job, display) if record is None else record
+
+
+def _on_cluster(
+    launcher: LauncherConfig,
+    folder: Path,
+    jobs: list[Job],
+    display: "_Display",
+    console: Console,
+) -> Iterator[tuple[int, Record]]:
+    """Yield each job's position and record as it ends; all are submitted at once."""
+    submitter = Submitter(launcher, folder)
+    commands: dict[str, list[str]] = {}
+    positions = {job.run_dir.name: position for position, job in enumerate(jobs)}
+    for name, position in positions.items():
+        job = jobs[position]
+        record = _finished(job)
+        if record is not None:
+            _announce(position, jobs, console, ": finished before, kept")
+            yield position, record
+        else:
+            words = ["fit", *job.overrides, f"run_dir={quoted(str(job.run_dir.absolute()))}"]
+            commands[name] = command_of_ranks(sys.executable, launcher.ranks, words)
+            if not submitter.is_queued(name) and not _is_unfinished(job):
+                _set_aside(job.run_dir)
+    try:
+        for ended in submitter.run(commands, console.say):
+            position = positions[ended.key]
+            yield position, _record_of(jobs[position], ended.code, ended.reason)
+    except KeyboardInterrupt:
+        console.say("submitted jobs go on without the sweep; the same command follows them again")
+        raise
+
+
+def _announce(position: int, jobs: list[Job], console: Console, what: str) -> None:
+    title = ", ".join(f"{key}={value}" for key, value in jobs[position].axes.items())
+    console.say(f"job {position + 1}/{len(jobs)}: {title}{what}")
 
 
 def plan_jobs(axes: dict[str, list[str]], fixed: list[str], folder: Path) -> list[Job]:
@@ -205,6 +251,10 @@ def _run_job(job: Job, display: "_Display") -> Record:
         raise Interrupted(f"{error}; run the same command again to go on") from error
     if code < 0 or (code and _stamp(job.run_dir / RECORD_NAME) == stamp_before):
         return _lost_record(job, code, last_line)
+    return _record_of(job, code, last_line)
+
+
+def _record_of(job: Job, code: int | None, last_line: str) -> Record:
     try:
         return read_record(job.run_dir)
     except RunError:
@@ -245,9 +295,12 @@ def _set_aside(run_dir: Path) -> None:
     run_dir.rename(aside)
 
 
-def _lost_record(job: Job, code: int, last_line: str) -> Record:
+def _lost_record(job: Job, code: int | None, last_line: str) -> Record:
     """Return the row of a job that was killed, or ended before it could write a record."""
-    ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+    if code is None:
+        ended = "the cluster"
+    else:
+        ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
     return {
         "status": "failed",
         "command": "fit",
@@ -335,10 +388,10 @@ class _Display:
         else:
             self._console.say(f"  {line}")
 
-    def finished(self, records: list[Record]) -> None:
+    def finished(self, records: list[Record], newest: Record) -> None:
         """Show the rows so far."""
         self._records = list(records)
         if self._live.is_started:
             self._live.update(sweep_table(self._records, self._axes), refresh=True)
         else:
-            self._console.say("  " + "  ".join(sweep_cells(records[-1])))
+            self._console.say("  " + "  ".join(sweep_cells(newest)))

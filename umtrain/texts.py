@@ -44,10 +44,13 @@ COMMANDS = {
         "fit the cross product of several values, each job in its own process",
         "A job that fails or runs out of memory is a row of the table. Run the same command again "
         "to continue: finished jobs are kept, unfinished ones resumed. Writes summary.csv, "
-        "summary.json, summary.png and report.html.",
+        "summary.json, summary.png and report.html.\n"
+        "launcher=slurm submits the jobs to SLURM, each for a node with 8 GPUs; conf/launcher/"
+        "slurm.yaml has what it asks for, launcher.partition=… and the like change it.",
         (
             "umtrain sweep res=256,512,768,1024",
             "umtrain sweep dataset=spine res=256,512 seed=0,1,2",
+            "umtrain sweep res=4096,8192 launcher=slurm launcher.partition=gpu",
         ),
         True,
     ),

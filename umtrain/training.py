@@ -29,6 +29,7 @@ from umtrain.errors import DataError, RunError
 from umtrain.logger import RunLogger
 from umtrain.memory.allocator import giving_back
 from umtrain.memory.base import Strategy
+from umtrain.parallel.ranks import Ranks
 from umtrain.progress import Progress, Step, StepLog
 from umtrain.randomness import random_state, restore_random_state
 from umtrain.report.record import Record
@@ -50,26 +51,44 @@ def inference(
     """Run `model` over the batches of `split`; return prediction rows and mean loss (nan if none).
 
     The model computes on the device that its parameters are on, in the configured precision, as
-    `strategy` has prepared it.
+    `strategy` has prepared it. Each rank runs its share, which `loader` has, and returns the rows
+    of all.
     """
-    rows: list[Row] = []
+    found: list[list[Row]] = []
     total_loss = 0.0
-    device = next(model.parameters()).device
+    device, ranks = next(model.parameters()).device, ranks_of(task)
     precision = task.config.precision
     was_training = model.training
     model.eval()
     with torch.inference_mode(), console.task(f"evaluating {split}", len(loader)) as bar:
         for done, batch in enumerate(loader, 1):
             if not batch["id"]:  # Note: [A batch without an image] in umtrain/data/loader.py
+                found.append([])
                 continue
             strategy.on_progress = _Inside(bar, done, "batch").update
             with autocast(device, precision):
-                outputs = model(task.inputs(batch, device, input_dtype(precision)))
+                outputs = model(network_input(task, ranks, batch, device))
             total_loss += task.loss(outputs, batch).item() * len(batch["id"])
-            rows += task.predictions(outputs, batch, split)
+            found.append(task.predictions(outputs, batch, split))
             bar.update(done)
     model.train(was_training)
+    ranks.merge_skipped(task.skipped)
+    rows, total_loss = ranks.in_order(found), ranks.whole_sum(total_loss)
     return rows, total_loss / len(rows) if rows else math.nan
+
+
+def ranks_of(task: Task) -> Ranks:
+    """Return how this process trains `task` with others, alone if there are none."""
+    return Ranks.of(task.config, task.input_shape[0])
+
+
+def network_input(task: Task, ranks: Ranks, batch: Batch, device: torch.device) -> Tensor:
+    """Return the network's input on this rank: all rows of the batch's images, or a band."""
+    dtype = input_dtype(task.config.precision)
+    if task.inputs_by_pixel:
+        batch = {**batch, "image": ranks.band_of(batch["image"])}
+        return task.inputs(batch, device, dtype)
+    return ranks.band_of(task.inputs(batch, device, dtype))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -108,14 +127,19 @@ class Trainer:
         self.device, self.run_dir, self.console = device, run_dir, console
         self.logger, self.on_validation = logger, on_validation
         self.stop = stop or StopRequest(self.config.signal_grace_s)
-        self.loader = task.loader("train", training=True)
-        self.validation = task.loader("val", training=False)
+        self.ranks = ranks_of(task)
+        self.loader = task.loader("train", training=True, share=self.ranks.share)
+        self.validation = task.loader("val", training=False, share=self.ranks.share)
+        self.ranks.tie(model, strategy)
         with autocast(device, self.config.precision):
             with giving_back():  # the hole that it leaves has to fit the images
                 sample = task.sample_input(device, input_dtype(self.config.precision))
-            self.model = strategy.prepare(model, sample)
+            self.model = strategy.prepare(model, self.ranks.band_of(sample))
         self.n_train = len(task.manifest.split("train"))
-        self.steps_per_epoch = math.ceil(len(self.loader) / self.config.optim.accumulate)
+        # Images of one batch of all ranks.
+        self.together = self.config.batch_size * self.ranks.share.n_ranks
+        n_batches = math.ceil(self.n_train / self.together)
+        self.steps_per_epoch = math.ceil(n_batches / self.config.optim.accumulate)
         planned = self.config.epochs * self.steps_per_epoch
         self.total_steps = min(planned, self.config.max_steps or planned)
         self.optimizer = create_optimizer(self.model, self.config.optim)
@@ -123,6 +147,7 @@ class Trainer:
         self.progress = Progress()
         self._memory_before: Record | None = None
         self._n_steps_before = 0
+        self._n_done = 0  # steps of the epoch that is next, done by an earlier session
         self._is_whole = True  # no step has begun that is not over
         self._saved_step: int | None = None
         self._saved_s = time.monotonic()
@@ -151,7 +176,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, log: StepLog) -> None:
         first_step = (epoch - 1) * self.steps_per_epoch
         planned = min(self.steps_per_epoch, self.total_steps - first_step)
-        n_done = len(self.progress.steps) - first_step
+        n_done, self._n_done = self._n_done, 0
         if n_done == planned:
             return
         title = f"epoch {epoch}/{self.config.epochs}"
@@ -161,7 +186,7 @@ class Trainer:
             for done in range(n_done + 1, planned + 1):
                 self.strategy.on_progress = _Inside(bar, done, "step").update
                 with self.stop.finishing():
-                    step = self._step(epoch, batches)
+                    step = self._step(epoch, done - 1, batches)
                     self._note(step, log)
                 bar.update(done, f"loss {step.loss:.4f}  {step.images / step.step_s:.2f}/s")
                 self._save_if_due()
@@ -181,50 +206,81 @@ class Trainer:
         figures = {"loss": step.loss, "lr": step.lr, "images_per_s": images_per_s}
         self.logger.step(step.step, figures)
 
-    def _step(self, epoch: int, batches: Iterator[tuple[Batch, float]]) -> Step:
+    def _step(self, epoch: int, step_in_epoch: int, batches: Iterator[tuple[Batch, float]]) -> Step:
         number = len(self.progress.steps) + 1
-        n_batches, n_images_planned = self._plan_step((number - 1) % self.steps_per_epoch)
+        n_batches, n_images_planned = self._plan_step(step_in_epoch)
         lr = self.optimizer.param_groups[0]["lr"]
-        wait_s, busy_s, n_images, total_loss = 0.0, 0.0, 0, 0.0
+        wait_s, busy_s, n_counted, total_loss = 0.0, 0.0, 0.0, 0.0
         undo = _BufferCopy(self.model) if self.config.on_nan == "skip" else None
         ids: list[str] = []
-        for _ in range(n_batches):
-            batch, waited_s = next(batches)
+        for i in range(n_batches):
+            batch, waited_s = self._next_batch(batches, n_images_planned - i * self.together)
             wait_s += waited_s
-            if not batch["id"]:
-                continue
             start_s = self._now()
-            share = len(batch["id"]) / n_images_planned
-            total_loss += self._forward_backward(batch, share)
-            n_images += len(batch["id"])
+            counts = self.ranks.start_batch(batch["id"], is_last=i == n_batches - 1)
+            if batch["id"]:
+                total_loss += self._forward_backward(batch, counts / n_images_planned)
+            elif self.ranks.joins_statistics:
+                self._pass_along()
+            n_counted += counts
             ids += batch["id"]
             busy_s += self._now() - start_s
         start_s = self._now()
+        total_loss, n_images = self._finish_sums(total_loss, n_counted)
         if n_images:
             total_loss *= self._spread(n_images_planned / n_images)
             if undo is not None and not self._is_finite(total_loss):
                 undo.put_back()
-                self._leave_out(number, ids, total_loss)
+                self._leave_out(number, self.ranks.joined(ids), total_loss)
             else:
                 self._update()
         else:
             total_loss = math.nan
+            self.optimizer.zero_grad(set_to_none=True)
         self._advance_schedule()
         busy_s += self._now() - start_s
         return Step(number, epoch, total_loss, lr, n_images, busy_s, wait_s)
 
+    def _next_batch(
+        self, batches: Iterator[tuple[Batch, float]], n_left: int
+    ) -> tuple[Batch, float]:
+        """Return this rank's part of a batch, and the wait for it; `n_left` images are planned."""
+        if not self.ranks.share.n_own(min(self.together, n_left)):
+            return {"id": []}, 0.0
+        return next(batches)
+
+    def _finish_sums(self, loss: float, n_images: float) -> tuple[float, int]:
+        """Return the sums over all ranks once those of the gradients are there too.
+
+        A signal to one of them stops all of them after this step.
+        """
+        self._is_whole = False
+        is_asked = float(self.stop.name is not None)
+        loss, n_images, n_asked = self.ranks.finish_step([loss, n_images, is_asked])
+        if n_asked:
+            self.stop.name = self.stop.name or "a signal to another rank"
+        return loss, round(n_images)
+
+    def _pass_along(self) -> None:
+        """Take part, without an image, in the statistics that ranks join; it counts for nothing."""
+        sample = self.task.sample_input(self.device, input_dtype(self.config.precision))
+        with self.strategy.step():
+            with autocast(self.device, self.config.precision):
+                outputs = self.model(torch.zeros_like(sample[:1]))
+            torch.autograd.backward(outputs.float().sum() * 0)
+
     def _plan_step(self, step_in_epoch: int) -> tuple[int, int]:
-        """Return the batches and the images of a step; an epoch's last ones may be fewer."""
-        accumulate, batch_size = self.config.optim.accumulate, self.config.batch_size
+        """Return the batches and all ranks' images of a step; an epoch's last may be fewer."""
+        accumulate = self.config.optim.accumulate
         first = step_in_epoch * accumulate
-        n_batches = min(accumulate, len(self.loader) - first)
-        n_images = min(n_batches * batch_size, self.n_train - first * batch_size)
+        n_batches = min(accumulate, math.ceil(self.n_train / self.together) - first)
+        n_images = min(n_batches * self.together, self.n_train - first * self.together)
         return n_batches, n_images
 
     def _forward_backward(self, batch: Batch, share: float) -> float:
         """Add the gradients of `batch` by its `share` of the step's images; return its loss."""
         precision = self.config.precision
-        inputs = self.task.inputs(batch, self.device, input_dtype(precision))
+        inputs = network_input(self.task, self.ranks, batch, self.device)
         self._is_whole = False
         with self.strategy.step():
             with autocast(self.device, precision):
@@ -287,6 +343,8 @@ class Trainer:
         return time.perf_counter()
 
     def _validate(self, epoch: int) -> None:
+        self.ranks.spread_buffers(self.model)
+        self.ranks.merge_skipped(self.task.skipped)
         rows: list[Row] = []
         metrics: dict[str, Any] = {}
         loss = math.nan
@@ -347,10 +405,11 @@ class Trainer:
     def _save(self) -> None:
         """Write the state, then the best weights if they are new; drop what is no longer needed."""
         folder, step = self.run_dir / FOLDER, len(self.progress.steps)
-        save_checkpoint(step_path(folder, step), self._state())
-        if self.progress.best_steps[-1:] == [step]:
-            save_checkpoint(folder / BEST, self._weights())
-        prune(folder, self.progress.best_steps)
+        if self.ranks.world.is_main:
+            save_checkpoint(step_path(folder, step), self._state())
+            if self.progress.best_steps[-1:] == [step]:
+                save_checkpoint(folder / BEST, self._weights())
+            prune(folder, self.progress.best_steps)
         self._saved_step, self._saved_s = step, time.monotonic()
 
     def _weights(self) -> dict[str, Any]:
@@ -370,6 +429,7 @@ class Trainer:
             "progress": self.progress.state(),
             "random": random_state(),
             "strategy": self.strategy.running_name,
+            "together": self.together,
             "config": config_to_dict(self.config),
             "manifest_sha256": self.task.manifest.sha256,
             "skipped": self.task.skipped.entries,
@@ -389,9 +449,32 @@ class Trainer:
         self.clock.go_on(state["started_at_s"], state["elapsed_s"])
         self.task.skipped.restore(state["skipped"])
         restore_random_state(state["random"])
+        self._n_done = sum(s.epoch == self.progress.epochs + 1 for s in self.progress.steps)
+        if state["together"] != self.together:
+            self._go_on_with_other_batches(state["together"])
         self._memory_before, self._n_steps_before = state["memory_use"], state["step"]
         self._saved_step = state["step"]
-        self._restore_best(path.parent)
+        if self.ranks.world.is_main:
+            self._restore_best(path.parent)
+
+    def _go_on_with_other_batches(self, together_before: int) -> None:
+        """Go on where another number of ranks left: at as many images of the epoch, or just before.
+
+        The learning rate is that of the same share of the training.
+        """
+        accumulate = self.config.optim.accumulate
+        n_images = min(self._n_done * accumulate * together_before, self.n_train)
+        is_over = n_images == self.n_train
+        self._n_done = n_images // (accumulate * self.together)
+        if is_over:
+            self._n_done = self.steps_per_epoch
+        if isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
+            position = self.progress.epochs * self.steps_per_epoch + self._n_done
+            self.schedule.last_epoch = position
+            rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+            for group, (base, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * factor(position)
+        self.console.say(f"ranks    batches of {self.together} images, {together_before} before")
 
     def _restore_best(self, folder: Path) -> None:
         """Make best.pt the best weights as of now: it may be older, or of steps that are lost."""

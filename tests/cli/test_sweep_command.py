@@ -49,6 +49,24 @@ def test_a_rerun_keeps_finished_jobs(swept, umtrain):
     assert record.stat().st_mtime_ns == written
 
 
+def test_jobs_that_a_cluster_runs_are_rows_of_the_same_table(slides, umtrain, tmp_path):
+    done = umtrain(
+        *("sweep", "seed=0,1", "res=64", "epochs=1", "max_steps=1", "dataset.workers=0", "cases=0"),
+        *(
+            "launcher=slurm",
+            "launcher.cluster=local",
+            "launcher.ranks=1",
+            "launcher.gpus_per_node=0",
+        ),
+        *(f"dataset.manifest={slides}", "memory=vanilla", "run_dir=out"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [(row["axes"]["seed"], row["status"]) for row in summary] == [("0", "ok"), ("1", "ok")]
+    assert done.stdout.count("submitted as") == 2
+
+
 def test_a_wrong_job_stops_the_sweep_before_the_first_one_starts(slides, umtrain, tmp_path):
     done = umtrain("sweep", "res=64,32", f"dataset.manifest={slides}", cwd=tmp_path)
     assert done.returncode == 2

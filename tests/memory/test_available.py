@@ -63,3 +63,9 @@ def test_version_1_counts_the_page_cache_of_child_cgroups_too(tmp_path):
         memory__stat=stat,
     )
     assert available_bytes(tmp_path) == 24 * MIB
+
+
+def test_ranks_on_one_machine_share_what_it_has(root, monkeypatch):
+    _v2(root / "sys/fs/cgroup/a", 100 * MIB, used_mib=60, cache_mib=20)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_bytes(root) == 15 * MIB

@@ -20,6 +20,7 @@ from torch.utils.data import Sampler, default_collate
 
 from umtrain.data.dataset import RadiographDataset, SampleKey, SlideDataset
 from umtrain.data.isolated import READ_LIMITS, Children, Limits, call_isolated, start_server
+from umtrain.data.share import WHOLE, Share
 from umtrain.data.skipped import Skipped
 from umtrain.data.volume_dataset import VolumeDataset
 from umtrain.errors import DataError
@@ -39,22 +40,26 @@ _N_TRIES = 2
 class EpochSampler(Sampler[SampleKey]):
     """Yields every position once, in order, or in an order of the epoch's own if `seed` is given.
 
-    The epoch is part of what it yields: so readers that live for the whole run learn of it.
+    Of several processes each has its `share` of every batch. The epoch is part of what it yields:
+    so readers that live for the whole run learn of it.
     """
 
-    def __init__(self, n: int, seed: int | None) -> None:
+    def __init__(self, n: int, seed: int | None, batch_size: int = 1, share: Share = WHOLE) -> None:
         self.epoch = 0
-        self._n = n
-        self._seed = seed
+        self._n, self._seed = n, seed
+        self._batch_size, self._share = batch_size, share
 
     def __len__(self) -> int:
-        return self._n
+        return len(self._own(range(self._n)))
 
     def __iter__(self) -> Iterator[SampleKey]:
         order: Sequence[int] = range(self._n)
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self.epoch]).permutation(self._n).tolist()
-        return iter([SampleKey(self.epoch, position) for position in order])
+        return iter([SampleKey(self.epoch, position) for position in self._own(order)])
+
+    def _own(self, order: Sequence[int]) -> Sequence[int]:
+        return order if self._share == WHOLE else self._share.of_epoch(order, self._batch_size)
 
 
 class Loader:
@@ -131,6 +136,7 @@ def make_loader(
     drop_last: bool = False,
     limits: Limits = READ_LIMITS,
     skipped: Skipped | None = None,
+    share: Share = WHOLE,
 ) -> Loader:
     """Return batches of `dataset`: its samples' values stacked, images in channels-last memory.
 
@@ -140,7 +146,8 @@ def make_loader(
     while the present one trains; batches are the same for any number of them. An image that
     cannot be read, that its reader dies of, or that goes over `limits` (besides which a reader may
     hold four samples), is left out and noted in `skipped`. Without workers there are no limits,
-    and a decoder that crashes or hangs takes this process along.
+    and a decoder that crashes or hangs takes this process along. `share` is this process's part of
+    each batch of all that train together, `batch_size` images at most.
     """
     readers: _Readers = _Here(dataset)
     if workers:
@@ -149,7 +156,7 @@ def make_loader(
         readers = _Processes(
             dataset, workers, workers * n_ahead * batch_size, _with_sample(limits, dataset)
         )
-    sampler = EpochSampler(len(dataset), seed if shuffle else None)
+    sampler = EpochSampler(len(dataset), seed if shuffle else None, batch_size, share)
     ledger = Skipped(dataset.records) if skipped is None else skipped
     return Loader(dataset, sampler, batch_size, drop_last, readers, ledger)
 

@@ -68,11 +68,21 @@ class Skipped:
                 id=record.id, row=record.row, split=record.split, epoch=epoch, reason=reason
             )
         )
-        n_rows, of_split = self._n_rows[record.split], self.of_split(record.split)
-        n_allowed = self._n_allowed(record.split, n_rows)
-        if len(of_split) > n_allowed:
-            raise DataError(_too_many(record.split, of_split, n_rows, n_allowed))
+        self._check(record.split)
         _LOG.warning("left out: row %d, %s of %s: %s", record.row, record.id, record.split, reason)
+
+    def merge(self, entries: Iterable[SkippedImage]) -> None:
+        """Leave out what another process has, too; DataError if that makes too many of a split."""
+        new = [e for e in entries if (e["split"], e["id"]) not in self._ids]
+        self.restore(new)
+        for split in {entry["split"] for entry in new}:
+            self._check(split)
+
+    def _check(self, split: Split) -> None:
+        n_rows, of_split = self._n_rows[split], self.of_split(split)
+        n_allowed = self._n_allowed(split, n_rows)
+        if len(of_split) > n_allowed:
+            raise DataError(_too_many(split, of_split, n_rows, n_allowed))
 
     def of_split(self, split: Split) -> list[SkippedImage]:
         """Return what is left out of `split`."""

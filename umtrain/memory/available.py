@@ -3,6 +3,7 @@
 A container's limit is a cgroup's; past it the kernel kills, it does not refuse.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,12 @@ _V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
 def available_bytes(root: Path = _ROOT) -> int:
     """Return the RAM that this process can still take without paging or being killed.
 
-    `root` is where /proc and /sys are looked for.
+    `root` is where /proc and /sys are looked for. Of several ranks that torchrun has started on one
+    machine each can take its part.
     """
     rooms = [room for room in map(_cgroup_room_bytes, _cgroups(root)) if room is not None]
-    return min([int(psutil.virtual_memory().available), *rooms])
+    n_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min([int(psutil.virtual_memory().available), *rooms]) // n_ranks_here
 
 
 def _cgroups(root: Path) -> Iterator[tuple[Path, str, str]]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from umtrain.errors import DeviceError, OutOfMemoryError
+from umtrain.exchange import NO_LINKS
 from umtrain.memory import linux
 from umtrain.memory.advice import strategies_needing_less
 from umtrain.memory.budget import DeviceBudget, NoBudget, enforce_budget, is_out_of_memory
@@ -22,7 +23,8 @@ from umtrain.units import format_bytes
 class Strategy(ABC):
     """One way to hold a training step in memory.
 
-    `on_progress` is told the share of a step that is done, by strategies that know it.
+    `on_progress` is told the share of a step that is done, by strategies that know it. `links`,
+    set before `prepare`, tie the strategy to other processes that train the same model.
 
     Lifecycle: `prepare` once, `step` around each forward and backward, `stats` at any time,
     `close` at the end. Losses, gradients and running statistics are those of ordinary training.
@@ -41,6 +43,7 @@ class Strategy(ABC):
         self._cleanup = ExitStack()
         self._trace_folder = options.trace
         self.on_progress: Callable[[float], None] = lambda share: None
+        self.links = NO_LINKS
 
     def prepare(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         """Attach to `model` and enforce the budget; returns the module to train with.

@@ -117,7 +117,7 @@ class Stream(Strategy):
             self.options.device, self.options.device_budget_bytes
         )
         settings = Settings(
-            self._arena_bytes, self._host, self._strip_bytes, self._report, allocate
+            self._arena_bytes, self._host, self._strip_bytes, self._report, allocate, self.links
         )
         self._granted_bytes: int | None = None
         self._streamer = Streamer(model, settings)

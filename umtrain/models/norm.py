@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from umtrain.errors import ConfigError
+from umtrain.exchange import Exchange
+from umtrain.models.joint_norm import joint_batch_norm
 
 EvalStatistics = Literal["running", "image"]
 NormLayer = Callable[[int], nn.Module]
@@ -47,9 +49,12 @@ class _OwnStatistics(nn.modules.batchnorm._BatchNorm):
     """
 
     eval_statistics: EvalStatistics = "running"
+    exchange: Exchange | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x`, with the statistics that the mode asks for."""
+        if self.training and self.exchange is not None:
+            return joint_batch_norm(self, x, self.exchange)
         if self.training or self.eval_statistics == "running":
             return super().forward(x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
@@ -142,3 +147,13 @@ def set_eval_statistics(model: nn.Module, statistics: EvalStatistics) -> None:
     for module in model.modules():
         if isinstance(module, _OwnStatistics):
             module.eval_statistics = statistics
+
+
+def join_statistics(model: nn.Module, exchange: Exchange | None) -> None:
+    """Make every batch normalisation of `model` train on the statistics of all ranks; None: on its own.
+
+    Like `set_eval_statistics`, it is no part of the state dict.
+    """
+    for module in model.modules():
+        if isinstance(module, _OwnStatistics):
+            module.exchange = exchange

@@ -20,9 +20,12 @@ from umtrain.streaming.norms import NormGradient, gradient_of
 from umtrain.streaming.operations import GlobalPooling, Gradients
 from umtrain.streaming.pointwise import Finisher, Sink
 from umtrain.streaming.program import Segment, Term, terms_of
-from umtrain.streaming.rows import Strip, clipped, strips
+from umtrain.streaming.rows import Strip, clipped
 from umtrain.streaming.schedule import is_unscaled
 from umtrain.streaming.storage import Cursor, Place, TensorPlace
+from umtrain.streaming.wholeness import Learned, parameters_whole_after
+
+OnGradient = Callable[[nn.Parameter, Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,19 @@ class _Piece:
 
 
 class Backward:
-    """Runs once; afterwards `parameters` (by identity) and `inputs` (by map) hold gradients."""
+    """Runs once; afterwards `parameters` (by identity) and `inputs` (by map) hold gradients.
 
-    def __init__(self, session: Session, given: Sequence[Tensor | None]) -> None:
+    `on_gradient` is told of each parameter's as soon as it is whole; what it takes is not held.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        given: Sequence[Tensor | None],
+        on_gradient: OnGradient = lambda parameter, gradient: False,
+    ) -> None:
         self._session, self._program = session, session.program
+        self._on_gradient = on_gradient
         self._compiled = session.compiled
         self._needs = session.compiled.needs
         self._given = dict(zip(session.program.outputs, given, strict=True))
@@ -52,16 +64,19 @@ class Backward:
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Run the actions that follow forward."""
-        for index, action in enumerate(self._compiled.plan.schedule.actions):
+        actions = self._compiled.plan.schedule.actions
+        whole_after = parameters_whole_after(self._program, actions)
+        for index, action in enumerate(actions):
             if action.kind != "forward":
                 self._session.places.resume(index)
             if action.kind == "again":
                 self._session.run_forward(action)
             elif action.kind == "backward":
                 self._run(self._program.segments[action.segment])
+            for done in whole_after.get(index, ()):
+                self._hand_over(done)
             if action.kind != "forward":
                 progress(index)
-        self._enter_norms()
 
     def _run(self, segment: Segment) -> None:
         session = self._session
@@ -86,24 +101,20 @@ class Backward:
     # Which rows -------------------------------------------------------------------------------
 
     def _pieces(self, segment: Segment) -> list[_Piece]:
-        if segment.out is None:
-            n_images, _, n_rows, _ = segment.source_shape
-        else:
-            n_images, _, n_rows, _ = self._program.maps[segment.out].shape
-        cut = list(strips(n_images, n_rows, self._session.rows_per_strip(segment)))
-        return [self._piece(segment, strip, n_rows) for strip in cut]
+        cut = self._session.strips_of(segment)
+        return [self._piece(segment, strip, cut[-1].last) for strip in cut]
 
-    def _piece(self, segment: Segment, strip: Strip, n_rows: int) -> _Piece:
+    def _piece(self, segment: Segment, strip: Strip, last_row: int) -> _Piece:
         """See Note: [Rows that are done]."""
-        operation, height = segment.operation, segment.source_shape[2]
+        operation, (start, end) = segment.operation, segment.read_rows
         if operation is None:
             return _Piece(strip, strip, strip)
         first, last = operation.input_rows(strip.first, strip.last)
-        following = height
-        if strip.last < n_rows:
+        following = end
+        if strip.last < last_row:
             following = operation.input_rows(strip.last, strip.last + 1)[0]
-        first, last = clipped(first, last, height)
-        following = min(max(first, following), height)
+        first, last = clipped(first, last, end, start)
+        following = min(max(first, following), end)
         last = max(last, following)
         return _Piece(strip, strip.with_rows(first, last), strip.with_rows(first, following))
 
@@ -117,6 +128,8 @@ class Backward:
             if given is None:
                 shape, _ = self._program.pooled[segment.pooled]
                 given = torch.zeros(shape, device=self._compiled.device)
+            if self._compiled.bands is not None:
+                given = self._compiled.bands.gradient_of_whole(given)
             values = [
                 self._session.pooled_gradient(segment, given, i, strip)
                 for i, strip in enumerate(cut)
@@ -129,6 +142,11 @@ class Backward:
         session, program = self._session, self._program
         dtype = program.maps[index].dtype
         given = self._given.get(("map", index))
+        bands = self._compiled.bands
+        if given is not None and bands is not None:
+            given = bands.band_of(index, bands.gradient_of_whole(given))
+        if index in self._gradients and bands is not None:
+            bands.collect(index, self._gradients[index])
         summands: list[Place] = [] if given is None else [TensorPlace(given, dtype)]
         if index in self._gradients:
             summands.insert(0, self._gradients[index])
@@ -236,6 +254,9 @@ class Backward:
             if index not in self._gradients:
                 self._gradients[index] = self._gradient_place(index)
             adds = index in self._started
+            if self._compiled.bands is not None and not adds:
+                a_map, rows = self._program.maps[index], (done[0].first, done[-1].last)
+                self._compiled.bands.clear_unwritten(self._gradients[index], a_map, *rows)
             targets[index] = self._gradients[index].cursor(done, reads=adds, writes=True)
         return targets
 
@@ -299,20 +320,21 @@ class Backward:
         if index not in self._of_norm:
             session = self._session
             sums = session.sums[index]
+            norm = self._program.norms[index]
             self._of_norm[index] = gradient_of(
-                self._program.norms[index], session.statistics[index], sums.total, sums.product
+                norm, session.statistics[index], sums.total, sums.product, session.exchange_of(norm)
             )
         return self._of_norm[index]
 
-    def _enter_norms(self) -> None:
-        for norm in self._program.norms:
-            if norm.index not in self._session.sums:
-                continue
-            gradient = self._norm_gradient(norm.index)
-            for name, value in (("weight", gradient.weight), ("bias", gradient.bias)):
-                parameter = getattr(norm.module, name, None)
-                if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
-                    self._enter(parameter, value)
+    def _hand_over(self, done: Learned) -> None:
+        """Enter what normalisations learned, and offer the gradient, which is whole now."""
+        for index, name in done.norms:
+            if index in self._session.sums and done.parameter.requires_grad:
+                gradient = self._norm_gradient(index)
+                self._enter(done.parameter, gradient.weight if name == "weight" else gradient.bias)
+        found = self.parameters.get(id(done.parameter))
+        if found is not None and self._on_gradient(done.parameter, found):
+            del self.parameters[id(done.parameter)]
 
 
 def _rows(content: Tensor, first: int, last: int) -> Tensor:

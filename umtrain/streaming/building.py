@@ -216,7 +216,9 @@ class _Builder:
         index = len(self._program.pooled)
         self._program.pooled.append((tuple(value.shape), value.dtype))
         source = self._argument(node, 0)
-        self._add_segment(node, source, GlobalPooling(kind), None, pooled=index)
+        rows, columns = node.all_input_nodes[0].meta["val"].shape[2:]
+        operation = GlobalPooling(kind, rows * columns)
+        self._add_segment(node, source, operation, None, pooled=index)
         self._pooled[node] = index
 
     def _normalise(self, node: fx.Node, module: nn.Module) -> Blend:

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from umtrain.exchange import NO_LINKS, Exchange, Links
+from umtrain.streaming.bands import Bands
 from umtrain.streaming.kernels import Kernels, arithmetic_dtype
 from umtrain.streaming.norms import Moments, Statistics, coefficients, statistics_of
 from umtrain.streaming.operations import GlobalPooling, Operation, Weights, channels_last
 from umtrain.streaming.places import Places
 from umtrain.streaming.plan import Plan
 from umtrain.streaming.pointwise import Coefficients, Evaluator, Sums
-from umtrain.streaming.program import Norm, Program, Segment, masks_of, terms_of
+from umtrain.streaming.program import Mask, Norm, Program, Segment, masks_of, terms_of
 from umtrain.streaming.rows import Strip, clipped, strips
 from umtrain.streaming.schedule import Action, Needs
 from umtrain.streaming.storage import Cursor, HostMemory
@@ -30,6 +32,8 @@ class Compiled:
     kernels: Kernels
     device: torch.device
     strip_bytes: int
+    links: Links = NO_LINKS
+    bands: Bands | None = None
 
 
 @dataclass
@@ -57,6 +61,10 @@ class Session:
         self.compiled = compiled
         self.program = compiled.program
         self.progress = progress
+        bands = compiled.bands
+        if bands is not None:
+            pairs = zip(compiled.program.inputs, inputs, strict=True)
+            inputs = [bands.band_of_input(index, given) for index, given in pairs]
         self.places = Places(compiled.program, compiled.plan, arena, host, inputs)
         self.statistics: dict[int, Statistics] = {}
         self.coefficients: dict[int, Coefficients] = {}
@@ -74,9 +82,13 @@ class Session:
                 self.run_forward(action)
                 self.progress(index)
         return [
-            self.places.outputs[index] if kind == "map" else self._pooled_output(index)
+            self._map_output(index) if kind == "map" else self._pooled_output(index)
             for kind, index in self.program.outputs
         ]
+
+    def _map_output(self, index: int) -> Tensor:
+        output, bands = self.places.outputs[index], self.compiled.bands
+        return output if bands is None else bands.whole_of(index, output)
 
     def _pooled_output(self, index: int) -> Tensor:
         shape, dtype = self.program.pooled[index]
@@ -99,11 +111,12 @@ class Session:
         self._make_map(segment, moments)
         if moments is not None:
             self._moments[segment.out] = moments
+        if self.compiled.bands is not None:
+            self.compiled.bands.fill(segment.out, self.places.content[segment.out])
 
     def _make_map(self, segment: Segment, moments: Moments | None) -> None:
         assert segment.out is not None
-        n_images, _, n_rows, _ = self.program.maps[segment.out].shape
-        cut = list(strips(n_images, n_rows, self.rows_per_strip(segment)))
+        cut = self.strips_of(segment)
         needed = [self._source_rows(segment, strip) for strip in cut]
         cursors = self.source_cursors(segment, needed)
         out = self.places.content[segment.out].cursor(cut, reads=False, writes=True)
@@ -150,20 +163,26 @@ class Session:
         for mask in self.program.masks:
             if mask.segment == segment.index:
                 self.places.hold(mask.map, "forward")
-                shape = self.program.maps[mask.map].shape
-                drawn = torch.empty(
-                    shape,
-                    dtype=torch.bool,
-                    device=self.compiled.device,
-                    memory_format=torch.channels_last,
-                ).bernoulli_(mask.keep)
-                cut = list(strips(shape[0], shape[2], self.compiled.strip_bytes))
+                drawn = self._drawn(mask)
+                cut = list(strips(len(drawn), drawn.shape[2], self.compiled.strip_bytes))
                 cursor = self.places.content[mask.map].cursor(cut, reads=False, writes=True)
                 for i, strip in enumerate(cut):
                     part = drawn[strip.image : strip.image_end, :, strip.first : strip.last]
                     cursor.get(i).copy_(part)
                     cursor.commit(i)
                 cursor.finish()
+
+    def _drawn(self, mask: Mask) -> Tensor:
+        """Return a dropout mask; where maps are bands, cut from the one of the whole map."""
+        bands = self.compiled.bands
+        shape = self.program.maps[mask.map].shape
+        whole = torch.empty(
+            shape if bands is None else bands.whole_shape(mask.map),
+            dtype=torch.bool,
+            device=self.compiled.device,
+            memory_format=torch.channels_last,
+        ).bernoulli_(mask.keep)
+        return whole if bands is None else bands.band_of(mask.map, whole)
 
     # Strips and what they read ----------------------------------------------------------------
 
@@ -180,14 +199,20 @@ class Session:
         weight_bytes = weight.nbytes if isinstance(weight, Tensor) else 0
         return max(1, max(self.compiled.strip_bytes, weight_bytes) // max(1, per_row))
 
+    def strips_of(self, segment: Segment) -> list[Strip]:
+        """Return the strips of what a segment makes; of what it reads, where it pools globally."""
+        if segment.out is None:
+            return segment.source_strips(self.rows_per_strip(segment))
+        return self.program.maps[segment.out].strips(self.rows_per_strip(segment))
+
     def _source_rows(self, segment: Segment, strip: Strip) -> Strip:
         if segment.operation is None:
             return strip
-        height = segment.source_shape[2]
+        start, end = segment.read_rows
         if strip.image_end - strip.image > 1:
-            return strip.with_rows(0, height)  # several images are dense only as a whole
+            return strip.with_rows(start, end)  # several images are dense only as a whole
         first, last = segment.operation.input_rows(strip.first, strip.last)
-        return strip.with_rows(*clipped(first, last, height))
+        return strip.with_rows(*clipped(first, last, end, start))
 
     def source_cursors(self, segment: Segment, needed: Sequence[Strip]) -> dict[int, Cursor]:
         """Return cursors on the maps and masks that a segment reads."""
@@ -262,7 +287,7 @@ class Session:
             if term.norm is None or term.norm in self.coefficients:
                 continue
             norm = self.program.norms[term.norm]
-            statistics = statistics_of(norm, self._moments_of(norm))
+            statistics = statistics_of(norm, self._moments_of(norm), self.exchange_of(norm))
             a_map = self.program.maps[norm.map]
             wide = arithmetic_dtype(a_map.dtype)
             scale, shift = coefficients(norm, statistics)
@@ -272,6 +297,14 @@ class Session:
             )
             zeros = torch.zeros(a_map.shape[:2], dtype=torch.float64, device=self.compiled.device)
             self.sums[term.norm] = Sums(zeros, zeros.clone())
+
+    def exchange_of(self, norm: Norm) -> Exchange | None:
+        """Return what joins a normalisation's statistics with those of other ranks, if they are."""
+        links = self.compiled.links
+        if links.bands is not None:
+            return None if norm.domain == "fixed" else links.bands
+        is_joint = norm.domain == "batch" and norm.module.training
+        return links.statistics if is_joint else None
 
     def _moments_of(self, norm: Norm) -> Moments | None:
         if norm.domain == "fixed":
@@ -284,7 +317,7 @@ class Session:
         moments = self._new_moments(index)
         a_map = self.program.maps[index]
         rows = max(1, self.compiled.strip_bytes // a_map.row_bytes)
-        cut = list(strips(a_map.shape[0], a_map.shape[2], rows))
+        cut = a_map.strips(rows)
         cursor = self.places.content[index].cursor(cut, reads=True, writes=False)
         for i, strip in enumerate(cut):
             content = cursor.get(i)
@@ -296,8 +329,8 @@ class Session:
     def _pool(self, segment: Segment) -> None:
         assert isinstance(segment.operation, GlobalPooling)
         assert segment.pooled is not None
-        n_images, channels, rows, columns = segment.source_shape
-        cut = list(strips(n_images, rows, self.rows_per_strip(segment)))
+        n_images, channels, _, _ = segment.source_shape
+        cut = self.strips_of(segment)
         cursors = self.source_cursors(segment, cut)
         wide = arithmetic_dtype(segment.source_dtype)
         is_max = segment.operation.kind == "max"
@@ -317,17 +350,20 @@ class Session:
             else:
                 value[images] += part
         finish(cursors.values())
-        self._pooled[segment.pooled] = Pooled(value if is_max else value / (rows * columns), chosen)
+        if self.compiled.bands is not None:
+            value, chosen = self.compiled.bands.pool(segment.operation.kind, value, chosen)
+        if not is_max:
+            value = value / segment.operation.n_pixels
+        self._pooled[segment.pooled] = Pooled(value, chosen)
 
     def pooled_gradient(self, segment: Segment, given: Tensor, i: int, strip: Strip) -> Tensor:
         """Return the gradient of what a strip gave: (k, C)."""
         assert isinstance(segment.operation, GlobalPooling)
         assert segment.pooled is not None
-        _, _, rows, columns = segment.source_shape
         images = slice(strip.image, strip.image_end)
         gradient = given.flatten(1)[images]
         if segment.operation.kind == "avg":
-            return gradient / (rows * columns)
+            return gradient / segment.operation.n_pixels
         return gradient.masked_fill(self._pooled[segment.pooled].strip[images] != i, 0)
 
 

@@ -7,15 +7,17 @@
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
+from umtrain.errors import ConfigError
+from umtrain.streaming.bands import Bands
 from umtrain.streaming.building import build
 from umtrain.streaming.forward import Compiled
 from umtrain.streaming.kernels import create_kernels
@@ -99,16 +101,49 @@ class _Parts:
     def __init__(self, traced: Traced, settings: Settings, arenas: Arenas) -> None:
         self.parts = traced.parts
         self.streamed: list[_Part] = []
+        takes_bands = settings.links.n_input_rows > 0
+        if takes_bands:
+            _check_that_inputs_are_streamed(traced)
         for name in traced.streamed:
-            self.streamed.append(_Part(getattr(self.parts, name), settings, arenas))
+            is_input = [
+                takes_bands and node.op == "placeholder" for node in _arguments(traced, name)
+            ]
+            self.streamed.append(_Part(getattr(self.parts, name), settings, arenas, is_input))
             setattr(self.parts, name, self.streamed[-1])
 
 
-class _Part(nn.Module):
-    """One streamed part; compiled anew for each kind of input."""
+def _arguments(traced: Traced, name: str) -> list[fx.Node]:
+    """Return what a part is called with."""
+    [call] = [node for node in traced.parts.graph.nodes if node.target == name]
+    return [argument for argument in call.args if isinstance(argument, fx.Node)]
 
-    def __init__(self, original: fx.GraphModule, settings: Settings, arenas: Arenas) -> None:
+
+def _check_that_inputs_are_streamed(traced: Traced) -> None:
+    """Raise ConfigError if an input, of which there is a band only, is read by what runs whole."""
+    for node in traced.parts.graph.nodes:
+        whole = [user for user in node.users if user.target not in traced.streamed]
+        if node.op == "placeholder" and whole:
+            raise ConfigError(
+                f"parallel=spatial: {', '.join(traced.whole)} reads the whole image and cannot be "
+                "streamed; use parallel=data"
+            )
+
+
+class _Part(nn.Module):
+    """One streamed part; compiled anew for each kind of input.
+
+    `is_band` says which of its inputs are the model's, given as a band of rows.
+    """
+
+    def __init__(
+        self,
+        original: fx.GraphModule,
+        settings: Settings,
+        arenas: Arenas,
+        is_band: Sequence[bool],
+    ) -> None:
         super().__init__()
+        self._is_band = is_band
         self._original = [original]  # in a list: its parameters are the model's, not this part's
         self._settings, self._arenas, self._device = settings, arenas, arenas.device
         self.compiled: dict[Any, Ready] = {}
@@ -133,30 +168,56 @@ class _Part(nn.Module):
         return like, autocast, torch.is_grad_enabled(), wanted
 
     def _compile(self, inputs: Sequence[Tensor]) -> Ready:
-        program = program_of(self._original[0], inputs)
+        links, bands = self._settings.links, None
+        shapes = [list(x.shape) for x in inputs]
+        for shape, is_band in zip(shapes, self._is_band, strict=True):
+            if is_band:
+                shape[2] = links.n_input_rows
+        program = program_of(self._original[0], inputs, shapes)
+        if links.bands is not None:
+            bands = Bands(program, links.bands, self._is_band)
         needs = Needs(program, [x.requires_grad for x in inputs], torch.is_grad_enabled())
         settings = self._settings
-        room_bytes = None if settings.host is None else settings.host.room_bytes
         budget_bytes = settings.budget_bytes()
         if budget_bytes is not None:
-            budget_bytes += self._arenas.idle_bytes
+            budget_bytes = self._agreed(budget_bytes + self._arenas.idle_bytes)
         speeds = SPEEDS[self._device.type]
-        plan = make_plan(program, needs, budget_bytes, room_bytes, speeds)
+        planned = program if bands is None else bands.largest
+        plan = make_plan(planned, needs, budget_bytes, self._host_room(), speeds)
         strip_bytes = settings.strip_bytes or STRIP_BYTES[self._device.type]
         kernels = create_kernels(self._device)
-        compiled = Compiled(program, needs, plan, kernels, self._device, strip_bytes)
+        own = program if bands is None else bands.program
+        compiled = Compiled(own, needs, plan, kernels, self._device, strip_bytes, links, bands)
         return Ready(compiled, settings, program.parameters(), self._arenas)
+
+    def _host_room(self) -> Callable[[], int] | None:
+        host = self._settings.host
+        return None if host is None else lambda: self._agreed(host.room_bytes())
+
+    def _agreed(self, n_bytes: int) -> int:
+        """Return what all ranks have of something, where they follow one plan."""
+        bands = self._settings.links.bands
+        if bands is None:
+            return n_bytes
+        with unset_fake_temporarily():
+            return bands.least(n_bytes)
 
 
 def _like(x: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device)
 
 
-def program_of(part: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
-    """Return a part's program for inputs like these, found without memory or compute."""
-    device = inputs[0].device
+def program_of(
+    part: fx.GraphModule, inputs: Sequence[Tensor], shapes: Sequence[Sequence[int]] | None = None
+) -> Program:
+    """Return a part's program for inputs like these, found without memory or compute.
+
+    `shapes` are theirs as a whole, where `inputs` are bands.
+    """
+    device, shapes = inputs[0].device, shapes or [x.shape for x in inputs]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fakes = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in inputs]
+        pairs = zip(inputs, shapes, strict=True)
+        fakes = [torch.empty(shape, dtype=x.dtype, device=device) for x, shape in pairs]
         return build(part, fakes)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from umtrain.exchange import Exchange, join_moments
 from umtrain.streaming.program import Norm
 
 
@@ -46,24 +47,35 @@ class Statistics:
     mean: Tensor
     var: Tensor
     invstd: Tensor
-    n: int | None  # values behind each; None: they were given
+    n: float | Tensor | None  # values behind each; None: they were given
 
 
-def statistics_of(norm: Norm, moments: Moments | None) -> Statistics:
-    """Return the statistics over the norm's domain; updates running ones where it has them."""
+def statistics_of(
+    norm: Norm, moments: Moments | None, exchange: Exchange | None = None
+) -> Statistics:
+    """Return the statistics over the norm's domain; updates running ones where it has them.
+
+    With an `exchange` the domain is spread over all ranks, of which each gives its `moments`.
+    """
     if norm.domain == "fixed":
         running_mean, running_var = norm.module.running_mean, norm.module.running_var
         assert isinstance(running_mean, Tensor)
         assert isinstance(running_var, Tensor)
         return _statistics(norm, running_mean.double()[None], running_var.double()[None], None)
     assert moments is not None
-    mean, square, n = _joined(norm, moments)
+    mean, square, count = _joined(norm, moments)
+    var = square / count
+    n: float | Tensor = float(count)
+    others: float | Tensor = float(max(1, count - 1))
+    if exchange is not None:
+        mean, var, n = join_moments(exchange, mean, square, count)
+        others = (n - 1).clamp(min=1)
     if norm.is_updating:
-        _update_running(norm.module, mean[0], square[0] / max(1, n - 1))
-    return _statistics(norm, mean, square / n, n)
+        _update_running(norm.module, mean[0], var[0] * (n / others))
+    return _statistics(norm, mean, var, n)
 
 
-def _statistics(norm: Norm, mean: Tensor, var: Tensor, n: int | None) -> Statistics:
+def _statistics(norm: Norm, mean: Tensor, var: Tensor, n: float | Tensor | None) -> Statistics:
     return Statistics(mean, var, (var + norm.eps).rsqrt(), n)
 
 
@@ -127,13 +139,24 @@ class NormGradient:
     b: Tensor
 
 
-def gradient_of(norm: Norm, statistics: Statistics, total: Tensor, product: Tensor) -> NormGradient:
-    """Return the gradients that Σg and Σg·(y-mean), float64 (N, C), amount to."""
+def gradient_of(
+    norm: Norm,
+    statistics: Statistics,
+    total: Tensor,
+    product: Tensor,
+    exchange: Exchange | None = None,
+) -> NormGradient:
+    """Return the gradients that Σg and Σg·(y-mean), float64 (N, C), amount to.
+
+    With an `exchange`, those of weight and bias are this rank's share of them.
+    """
     dnormalised = product * statistics.invstd
     dmean = -_weight(norm, statistics) * statistics.invstd * total
     dvar = -0.5 * _weight(norm, statistics) * statistics.invstd.square() * dnormalised
     dmean, dvar = _over_domain(norm, dmean), _over_domain(norm, dvar)
-    if statistics.n is None:
+    if exchange is not None:
+        dmean, dvar = exchange.total(torch.stack([dmean, dvar]))
+    if statistics.n is None or (exchange is not None and exchange.is_idle):
         a = b = torch.zeros_like(statistics.mean)
     else:
         a = (dmean - 2 * dvar * statistics.mean) / statistics.n

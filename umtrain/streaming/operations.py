@@ -5,7 +5,7 @@ strip. `backward` returns the gradient of exactly the input rows that it was giv
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Operation(ABC):
         """Return the input rows that output rows [first, last) read."""
 
     @abstractmethod
+    def moved(self, out_first: int, in_first: int) -> "Operation":
+        """Return the operation on maps that begin with these rows of the whole ones."""
+
+    @abstractmethod
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """Return output rows [first, last) from the input rows that they read."""
 
@@ -89,6 +93,10 @@ class Convolution(Operation):
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
         """See `Operation`."""
         return self.window.input_rows(first, last)
+
+    def moved(self, out_first: int, in_first: int) -> "Convolution":
+        """See `Operation`."""
+        return replace(self, window=self.window.moved(out_first, in_first))
 
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """See `Operation`."""
@@ -149,6 +157,10 @@ class MaxPooling(Operation):
         """See `Operation`."""
         return self.window.input_rows(first, last)
 
+    def moved(self, out_first: int, in_first: int) -> "MaxPooling":
+        """See `Operation`."""
+        return replace(self, window=self.window.moved(out_first, in_first))
+
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """See `Operation`."""
         result: Tensor = self._run(z)[0]
@@ -190,6 +202,10 @@ class AveragePooling(Operation):
         """See `Operation`."""
         return self.window.input_rows(first, last)
 
+    def moved(self, out_first: int, in_first: int) -> "AveragePooling":
+        """See `Operation`."""
+        return replace(self, window=self.window.moved(out_first, in_first))
+
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """See `Operation`."""
         result: Tensor = _AVERAGE[len(self.kernel)](z, *self._geometry())
@@ -228,9 +244,13 @@ class Upsampling(Operation):
         """See `Operation`."""
         return self.enlargement.input_rows(first, last)
 
+    def moved(self, out_first: int, in_first: int) -> "Upsampling":
+        """See `Operation`."""
+        return replace(self, enlargement=self.enlargement.moved(out_first, in_first))
+
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """See `Operation`."""
-        skipped = self._skipped(first, last)
+        skipped = self.enlargement.n_skipped(first, last)
         return self._enlarge(z)[:, :, skipped : skipped + last - first]
 
     def backward(
@@ -243,7 +263,7 @@ class Upsampling(Operation):
         wanted: tuple[bool, bool, bool],
     ) -> Gradients:
         """See `Operation`."""
-        skipped = self._skipped(first, last)
+        skipped = self.enlargement.n_skipped(first, last)
         n_images, channels, rows, columns = z.shape
         size = (rows * self.factors[0], columns * self.factors[1])
         full = dy.new_zeros((n_images, channels, *size)).to(memory_format=torch.channels_last)
@@ -260,19 +280,24 @@ class Upsampling(Operation):
         corners = None if self.mode == "nearest" else False
         return functional.interpolate(z, scale_factor=scale, mode=self.mode, align_corners=corners)
 
-    def _skipped(self, first: int, last: int) -> int:
-        return first - self.input_rows(first, last)[0] * self.factors[0]
-
 
 @dataclass(frozen=True)
 class GlobalPooling(Operation):
-    """A whole map to one value per channel: "avg", or "max", of equal values the first."""
+    """A whole map to one value per channel: "avg", or "max", of equal values the first.
+
+    `n_pixels` are those of the whole map, also where strips are of a band of it.
+    """
 
     kind: str
+    n_pixels: int
 
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
         """See `Operation`; a strip of its input is reduced where it is."""
         return first, last
+
+    def moved(self, out_first: int, in_first: int) -> "GlobalPooling":
+        """See `Operation`; it looks at no row's number."""
+        return self
 
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """Return what the strip alone gives, float32 or float64 (k, C): its sum, or its maximum."""

@@ -7,7 +7,7 @@ alone, and again in backward.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from umtrain.streaming.operations import Operation
+from umtrain.streaming.rows import Strip, cut_rows
 from umtrain.streaming.volumes import Plane
 
 
 @dataclass
 class Map:
-    """A feature map (N, C, H, W) that is held as a whole.
+    """A feature map (N, C, H, W) that is held as a whole, or a band of rows of one.
 
     That of a volume, (N, C, D, H, W), has its slices as rows: it is held as (N, C, D, H·W), and
     `plane` is (H, W). See umtrain/streaming/volumes.py.
@@ -31,11 +32,23 @@ class Map:
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
     plane: Plane = None
+    # Where others make some of its rows (see bands.py): those that are made here.
+    own: tuple[int, int] | None = None
 
     @property
     def outer_shape(self) -> tuple[int, ...]:
         """Return the shape that it has outside of the engine."""
         return self.shape if self.plane is None else (*self.shape[:3], *self.plane)
+
+    def strips(self, rows_per_strip: int) -> list[Strip]:
+        """Return the strips in which it is made."""
+        n_images, _, n_rows, _ = self.shape
+        return cut_rows(n_images, n_rows, self.own, rows_per_strip)
+
+    def with_rows(self, n_rows: int, n_images: int | None = None) -> "Map":
+        """Return a map of another height, and of `n_images` images if they are given."""
+        images, channels, _, columns = self.shape
+        return replace(self, shape=(n_images or images, channels, n_rows, columns))
 
     @property
     def n_bytes(self) -> int:
@@ -159,6 +172,18 @@ class Segment:
     pooled: int | None = None
     module: nn.Module | None = None
     flops: float = 0.0
+    # Where its sources are bands: the rows of them that it reads.
+    reads: tuple[int, int] | None = None
+
+    @property
+    def read_rows(self) -> tuple[int, int]:
+        """Return the rows of its sources that it reads."""
+        return (0, self.source_shape[2]) if self.reads is None else self.reads
+
+    def source_strips(self, rows_per_strip: int) -> list[Strip]:
+        """Return the strips of what it reads, where it reads each row once."""
+        n_images, _, n_rows, _ = self.source_shape
+        return cut_rows(n_images, n_rows, self.reads, rows_per_strip)
 
     @property
     def sources(self) -> list[int]:

@@ -4,7 +4,7 @@ Rows are half-open ranges. Input rows may lie outside the map, where they stand 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -41,26 +41,44 @@ class Window:
         reach = self.dilation * (self.kernel - 1) + 1
         return first * self.stride - self.padding, (last - 1) * self.stride - self.padding + reach
 
+    def moved(self, out_first: int, in_first: int) -> "Window":
+        """Return the window where rows `out_first` and `in_first` are the first of their maps."""
+        return replace(self, padding=self.padding - out_first * self.stride + in_first)
+
 
 @dataclass(frozen=True)
 class Enlargement:
-    """Upsampling by a whole factor whose output rows read up to `halo` rows beyond their own."""
+    """Upsampling by a whole factor whose output rows read up to `halo` rows beyond their own.
+
+    Its input has `n_rows`; rows are numbered from `out_first` and `in_first`.
+    """
 
     factor: int
     halo: int
     n_rows: int
+    out_first: int = 0
+    in_first: int = 0
 
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
         """Return the rows that output rows [first, last) read; never outside of the map."""
-        start = first // self.factor - self.halo
-        stop = -(-last // self.factor) + self.halo
-        return max(0, start), min(self.n_rows, stop)
+        start = (first + self.out_first) // self.factor - self.halo
+        stop = -(-(last + self.out_first) // self.factor) + self.halo
+        return max(0, start) - self.in_first, min(self.n_rows, stop) - self.in_first
+
+    def n_skipped(self, first: int, last: int) -> int:
+        """Return how many rows of what those input rows give lie before output row `first`."""
+        start = self.input_rows(first, last)[0] + self.in_first
+        return first + self.out_first - start * self.factor
+
+    def moved(self, out_first: int, in_first: int) -> "Enlargement":
+        """Return the same where rows `out_first` and `in_first` are the first of their maps."""
+        return replace(self, out_first=out_first, in_first=in_first)
 
 
-def clipped(first: int, last: int, n_rows: int) -> tuple[int, int]:
-    """Return what of a range lies in a map; where nothing does, an empty range at its edge."""
-    first = min(max(0, first), n_rows)
-    return first, min(max(first, last), n_rows)
+def clipped(first: int, last: int, end: int, start: int = 0) -> tuple[int, int]:
+    """Return what of a range lies in [start, end); where nothing does, an empty one at its edge."""
+    first = min(max(start, first), end)
+    return first, min(max(first, last), end)
 
 
 def strips(n_images: int, n_rows: int, rows_per_strip: int) -> Iterator[Strip]:
@@ -78,3 +96,18 @@ def strips(n_images: int, n_rows: int, rows_per_strip: int) -> Iterator[Strip]:
     images = max(1, rows_per_strip // n_rows)
     for image in range(0, n_images, images):
         yield Strip(image, min(n_images, image + images), 0, n_rows)
+
+
+def cut_rows(
+    n_images: int, n_rows: int, rows: tuple[int, int] | None, rows_per_strip: int
+) -> list[Strip]:
+    """Cut a map into strips, or only `rows` of it: then image by image, as only whole images that
+    follow each other are dense."""
+    if rows is None:
+        return list(strips(n_images, n_rows, rows_per_strip))
+    first, last = rows
+    height = last - first
+    return [
+        strip.with_rows(first + strip.first, first + strip.last)
+        for strip in strips(n_images, height, min(rows_per_strip, height))
+    ]

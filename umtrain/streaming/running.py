@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from umtrain.exchange import NO_LINKS, Links
 from umtrain.streaming.backward import Backward
 from umtrain.streaming.forward import Compiled, Session
 from umtrain.streaming.schedule import step_flops
@@ -38,7 +39,7 @@ class Settings:
 
     The budget is asked for when a part first sees a kind of input. `on_progress` is told the
     share of a step's work that is done, from 0 to 1. `allocate` returns an arena, uint8
-    (n_bytes,), on a device.
+    (n_bytes,), on a device. `links` tie the engine to other ranks.
     """
 
     budget_bytes: Callable[[], int | None] = lambda: None
@@ -46,6 +47,7 @@ class Settings:
     strip_bytes: int | None = None
     on_progress: Callable[[float], None] = lambda share: None
     allocate: Callable[[int, torch.device], Tensor] = _allocate
+    links: Links = NO_LINKS
 
 
 class Arenas:
@@ -113,13 +115,16 @@ class Ready:
     def like_outputs(self) -> list[Tensor]:
         """Return empty tensors with the outputs' shapes."""
         program, device = self.compiled.program, self.compiled.device
+        bands = self.compiled.bands
         wanted = any(self.compiled.needs.backward)
         outputs = []
         for kind, index in program.outputs:
-            a_map = program.maps[index]
-            shape, dtype = (
-                program.pooled[index] if kind == "pooled" else (a_map.outer_shape, a_map.dtype)
-            )
+            if kind == "pooled":
+                shape, dtype = program.pooled[index]
+            else:
+                a_map = program.maps[index]
+                dtype = a_map.dtype
+                shape = a_map.outer_shape if bands is None else bands.whole_shape(index)
             outputs.append(torch.empty(shape, dtype=dtype, device=device, requires_grad=wanted))
         return outputs
 
@@ -139,8 +144,14 @@ class Ready:
 
     def found(self, run: Backward) -> Found:
         """Return what a backward pass found, in the order of inputs and parameters."""
-        inputs = [run.inputs.get(index) for index in self.compiled.program.inputs]
+        inputs = [self._found_input(run, index) for index in self.compiled.program.inputs]
         return inputs, [_like(run.parameters.get(id(p)), p) for p in self.parameters]
+
+    def _found_input(self, run: Backward, index: int) -> Tensor | None:
+        gradient, bands = run.inputs.get(index), self.compiled.bands
+        if gradient is None or bands is None:
+            return gradient
+        return bands.part_of_gradient(index, gradient)
 
     def _progress_of_actions(self) -> Callable[[int], None]:
         costs = step_flops(self.compiled.program, self.compiled.plan.schedule)
@@ -177,7 +188,7 @@ class EagerStep(Step):
 
     def backward(self, given: Sequence[Tensor | None]) -> Found:
         """See `Step`."""
-        run = Backward(self._session, given)
+        run = Backward(self._session, given, self._ready.settings.links.on_gradient)
         run.run(self._session.progress)
         return self._ready.found(run)
 
@@ -232,7 +243,13 @@ class RecordedStep(Step):
         self._recording.backward.replay()
         self._settings.on_progress(1.0)
         inputs, learned = self._recording.found
-        return [_copy(x) for x in inputs], [_copy(x) for x in learned]
+        pairs = zip(self._recording.parameters, learned, strict=True)
+        return [_copy(x) for x in inputs], [self._handed_out(p, x) for p, x in pairs]
+
+    def _handed_out(self, parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or self._settings.links.on_gradient(parameter, gradient):
+            return None
+        return gradient.clone()
 
 
 def _copy(gradient: Tensor | None) -> Tensor | None:
@@ -241,9 +258,11 @@ def _copy(gradient: Tensor | None) -> Tensor | None:
 
 def can_be_recorded(ready: Ready) -> bool:
     """Return whether a part's steps can be CUDA graphs: on a GPU, all maps in the arena."""
-    compiled = ready.compiled
+    compiled, links = ready.compiled, ready.settings.links
     if compiled.device.type != "cuda" or not any(compiled.needs.backward):
         return False
+    if links.statistics is not None or links.bands is not None:
+        return False  # what other ranks say is no part of a recording
     # An average over all steps needs the number of steps, which only the host can read.
     counts = any(n.is_updating and n.module.momentum is None for n in compiled.program.norms)
     room_bytes = torch.cuda.mem_get_info()[1] // 2

@@ -8,7 +8,7 @@
 # is wrapped in `InPlanes`, which unfolds them, a view, and folds them again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,10 @@ class InPlanes(Operation):
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
         """See `Operation`."""
         return self.inner.input_rows(first, last)
+
+    def moved(self, out_first: int, in_first: int) -> "InPlanes":
+        """See `Operation`."""
+        return replace(self, inner=self.inner.moved(out_first, in_first))
 
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """See `Operation`."""

@@ -12,6 +12,7 @@ from umtrain.config import RunConfig
 from umtrain.data.isolated import READ_LIMITS, Limits
 from umtrain.data.loader import Batch, ImageDataset, Loader, make_loader
 from umtrain.data.manifest import Manifest, Radiograph, Slide, Split, Volume
+from umtrain.data.share import WHOLE, Share
 from umtrain.data.skipped import Skipped
 from umtrain.models.norm import set_eval_statistics
 
@@ -33,6 +34,8 @@ class Task(ABC):
     fields: ClassVar[tuple[str, ...]]
     headline: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    # Whether `inputs` works pixel by pixel: of some rows, it gives those rows of the whole.
+    inputs_by_pixel: ClassVar[bool] = False
 
     def __init__(self, config: RunConfig, manifest: AnyManifest) -> None:
         self.config = config
@@ -55,14 +58,18 @@ class Task(ABC):
     def dataset(self, split: Split, training: bool) -> ImageDataset:
         """Return the images of `split`, augmented when `training` and the config asks for it."""
 
-    def loader(self, split: Split, training: bool) -> Loader:
-        """Return batches of `split`: shuffled and augmented when `training`, else in order."""
+    def loader(self, split: Split, training: bool, share: Share = WHOLE) -> Loader:
+        """Return batches of `split`: shuffled and augmented when `training`, else in order.
+
+        Of several processes each reads its `share` of every batch.
+        """
         return make_loader(
             self.dataset(split, training),
             self.config.batch_size,
             shuffle=training,
             seed=self.config.seed,
             workers=self.config.dataset.workers,
+            share=share,
             limits=self.limits,
             skipped=self.skipped,
         )
@@ -136,7 +143,8 @@ class Task(ABC):
             pretrained=pretrained,
         )
         # Note: [Batch size 1] in umtrain/models/norm.py
-        set_eval_statistics(model, "image" if self.config.batch_size == 1 else "running")
+        is_alone = self.config.batch_size == 1 and not chosen.sync_batchnorm
+        set_eval_statistics(model, "image" if is_alone else "running")
         return model.to(memory_format=self.memory_format)
 
     def score(self, metrics: dict[str, Any], loss: float) -> tuple[float, float]:

@@ -27,6 +27,7 @@ class ClassificationTask(Task):
     fields: ClassVar[tuple[str, ...]] = ("id", "split", "label", "prob")
     headline: ClassVar[str] = "auc"
     higher_is_better: ClassVar[bool] = True
+    inputs_by_pixel: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig, manifest: LabelledManifest) -> None:
         super().__init__(config, manifest)
