@@ -17,7 +17,7 @@ from umtrain.exchange import Exchange, join_moments
 def joint_batch_norm(
     module: nn.modules.batchnorm._BatchNorm, x: Tensor, exchange: Exchange
 ) -> Tensor:
-    """Normalise `x` (N, C, *sizes), a part of a batch, as `module` would in training the whole batch.
+    """Normalise `x` (N, C, *sizes), a part of a batch, as `module` would in training all of it.
 
     Updates the running statistics with those of the whole batch.
     """
