@@ -190,6 +190,8 @@ TIFF: tuple[Mutation, ...] = (
 
 # DICOM
 
+_EMPTY_ITEM = struct.pack("<HHI", 0xFFFE, 0xE000, 0)
+
 
 def _film(content: bytes) -> pydicom.Dataset:
     return pydicom.dcmread(io.BytesIO(content))
@@ -220,7 +222,7 @@ def absurd_size(content: bytes, rng: np.random.Generator) -> bytes:
 def no_pixels(content: bytes, rng: np.random.Generator) -> bytes:
     film = _film(content)
     is_compressed = film.file_meta.TransferSyntaxUID.is_compressed
-    film.PixelData = encapsulate([b""] * int(rng.integers(1, 3))) if is_compressed else b""
+    film.PixelData = _EMPTY_ITEM * int(rng.integers(1, 4)) if is_compressed else b""
     return _stored(film)
 
 
