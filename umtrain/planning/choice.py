@@ -13,6 +13,7 @@ from umtrain.planning.strategies import STREAM
 from umtrain.planning.subject import Subject
 from umtrain.units import format_bytes
 
+_MIB = 2**20
 # Of the memory that there is: predictions are within a tenth, and others use the machine too.
 MARGIN = 0.85
 # A prediction of time is that sure: a strategy further down the list has to promise more than this.
@@ -126,9 +127,10 @@ def _least_text(considered: Sequence[Prediction], limit_bytes: int, options: Opt
 
 
 def _least_bytes(prediction: Prediction) -> int:
-    """Return the least that the strategy is chosen with, the margin in it."""
+    """Return the least that the strategy is chosen with, the margin in it, in whole MiB."""
     least = prediction.least_budget_bytes or 0
-    return least if prediction.strategy == STREAM else math.ceil(least / MARGIN)
+    needed = least if prediction.strategy == STREAM else least / MARGIN
+    return math.ceil(needed / _MIB) * _MIB
 
 
 def _seconds(prediction: Prediction) -> str:
