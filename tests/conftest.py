@@ -32,6 +32,16 @@ def radiographs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def volumes(tmp_path_factory):
+    """The manifest of eight small CT volumes, half of them DICOM series, half NIfTI."""
+    from umtrain.data.synthetic.volumes import make_volumes
+
+    folder = tmp_path_factory.mktemp("volumes") / "data"
+    folder.mkdir()
+    return make_volumes(folder, 8, 48, 0, None, 1)
+
+
+@pytest.fixture(scope="session")
 def umtrain():
     """Run the command line in a process of its own; return the finished process."""
 

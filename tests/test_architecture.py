@@ -17,6 +17,7 @@ ALLOWED = {
     "models": GROUND | {"models"},
     "streaming": GROUND | {"streaming"},
     "memory": GROUND | {"memory", "streaming"},
+    "planning": GROUND | {"planning", "memory", "streaming", "config", "device"},
     "evaluation": GROUND | {"evaluation"},
     "report": GROUND | {"report", "console"},
     "config": GROUND,

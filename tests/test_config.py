@@ -20,7 +20,12 @@ from umtrain.errors import ConfigError
 from umtrain.models.resunet35 import SIZE_MULTIPLE
 
 # Options that need another key to make sense.
-_NEEDS = {"resunet35": ["dataset=spine"], "placement": ["memory.cpu_layers=[layer1]"]}
+_NEEDS = {
+    "resunet35": ["dataset=spine"],
+    "resnet18_3d": ["dataset=ct"],
+    "resnet101_3d": ["dataset=ct"],
+    "placement": ["memory.cpu_layers=[layer1]"],
+}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,8 @@ def test_a_dataset_brings_its_model_and_an_explicit_model_wins():
     assert load_config(["dataset=spine"]).model.name == "resunet35"
     assert load_config(["dataset=wsi"]).model.name == "resnet50"
     assert load_config(["model=resnet101", "dataset=wsi"]).model.name == "resnet101"
+    assert load_config(["dataset=ct"]).model.name == "resnet18_3d"
+    assert load_config(["dataset=ct", "model=resnet101_3d"]).model.name == "resnet101_3d"
     with pytest.raises(ConfigError, match="model=resnet50 does not fit dataset=spine"):
         load_config(["dataset=spine", "model=resnet50"])
 
@@ -125,6 +132,32 @@ def test_a_wrong_override_is_refused_with_what_to_do(override, words):
         load_config([override])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dataset.depth=16"], "dataset.depth: slides have no such choice"),
+        (["dataset=spine", "dataset.spacing_mm=2"], "radiographs have no such choice"),
+        (["dataset=ct", "dataset.mpp=1"], "dataset.mpp: volumes have no such choice"),
+        (["dataset=ct", "dataset.depth=null"], "dataset.depth: volumes need it"),
+        (["dataset=ct", "dataset.depth=0"], "dataset.depth=0: must be at least 1"),
+        (["dataset=ct", "dataset.window_width=0"], "must be more than 0"),
+        (["dataset=ct", "dataset.window_center=inf"], "dataset.window_center=inf: must be finite"),
+        (["dataset=ct", "res=31"], "res=31: must be at least 32"),
+        (["dataset=ct", "res=32", "dataset.depth=16"], "use dataset.depth=17 or more, or res=33"),
+        (["dataset=ct", "model=resnet50"], r"use model=resnet18_3d\|resnet101_3d"),
+        (["dataset=ct", "approach=two_stage"], "dataset=ct has only approach=no_fuss"),
+    ],
+)
+def test_keys_that_do_not_suit_volumes_are_refused(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(overrides)
+
+
+def test_volumes_take_any_size():
+    config = load_config(["dataset=ct", "res=577", "dataset.depth=42", "model=resnet101_3d"])
+    assert (config.res, config.dataset.depth) == (577, 42)
 
 
 def test_oversubscribing_is_for_gpus():

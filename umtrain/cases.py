@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from umtrain.console import Console
-from umtrain.data.dataset import SampleKey, SlideDataset
+from umtrain.data.dataset import RadiographDataset, SampleKey
 from umtrain.data.isolated import call_isolated
 from umtrain.data.loader import read_batch
-from umtrain.data.manifest import AnyRecord, Radiograph, Slide, Split
+from umtrain.data.manifest import AnyRecord, Radiograph, Slide, Split, Volume
 from umtrain.data.radiograph import read_radiograph
 from umtrain.data.wsi import SlideFrame, SlideInfo, plan_frame, read_slide, slide_info
 from umtrain.errors import DataError, OutOfMemoryError
@@ -31,6 +31,7 @@ from umtrain.models.resnet import FEATURE_STRIDE_PX, FIRST_FEATURE_PX, split_cla
 from umtrain.report.overlays import Keypoints, map_beside_slide, save_picture, sva_on_film
 from umtrain.tasks import Row, Task
 from umtrain.training import autocast, input_dtype
+from umtrain.volume_cases import ExplainVolume, volume_drawing
 
 FOLDER = "cases"
 
@@ -93,17 +94,18 @@ def write_cases(
     rows: list[Row],
     run_dir: Path,
     console: Console,
-    maps: AbstractContextManager[Explain],
+    maps: AbstractContextManager[Any],
     *,
     n_cases: int,
     threshold: float = 0.5,
 ) -> list[Case]:
     """Draw the `n_cases` worst predictions of `split` and return {id, picture, caption} of each.
 
-    `rows` are predictions as `task.predictions` returns them. For slides the most confident
-    correct positive comes first, if there is one (`threshold` and above is positive), and `maps`,
-    which is entered for slides only, gives the map of each (see `grad_cam_maps`). Pictures are
-    paths relative to `run_dir`; beside a slide's are its map (.npy) and contours (.geojson). A case
+    `rows` are predictions as `task.predictions` returns them. For slides and volumes the most
+    confident correct positive comes first, if there is one (`threshold` and above is positive), and
+    `maps`, which is entered for them only, gives the map of each (see `grad_cam_maps` and, for
+    volumes, `grad_cams`). Pictures are paths relative to `run_dir`; beside a slide's are its map
+    (.npy) and contours (.geojson), beside a volume's its map. A case
     whose file cannot be read any more, or that memory runs out on, is left out, and `console` is
     told why.
     """
@@ -114,6 +116,9 @@ def write_cases(
     if task.config.dataset.name == "wsi":
         chosen = choose_slides(rows, n_cases, threshold)
         drawing = _slide_drawing(task, records, maps)
+    elif task.config.dataset.name == "ct":
+        chosen = choose_slides(rows, n_cases, threshold)
+        drawing = volume_drawing(task, split, maps)
     else:
         chosen = choose_films(rows, n_cases)
         drawing = nullcontext(partial(_draw_film, records))
@@ -192,19 +197,30 @@ def file_stem(split: Split, record_id: str) -> str:
 def grad_cam_maps(
     task: Task, model: nn.Module, split: Split, create_strategy: Callable[[], Strategy]
 ) -> Iterator[Explain]:
-    """Yield what makes the Grad-CAM of a slide of `split`, given its id.
+    """Yield what makes the map of a slide of `split`, given its id, from `grad_cams`."""
+    view = SlideView(task.config.res, task.config.dataset.fit, task.config.dataset.mpp)
+    positive = str(task.data_facts["positive"])
+    with grad_cams(task, model, split, create_strategy) as explain:
+        yield lambda slide_id: _grad_cam_map(explain(slide_id), view, positive)
+
+
+@contextmanager
+def grad_cams(
+    task: Task, model: nn.Module, split: Split, create_strategy: Callable[[], Strategy]
+) -> Iterator[ExplainVolume]:
+    """Yield what makes the Grad-CAM of a slide or volume of `split`, given its id.
 
     `model` is the trained network on its device, under no strategy. Its last feature map is made
     as evaluation makes it: in the same precision, under a strategy from `create_strategy`, without
     gradients. Maps are at the network's own stride. What is yielded raises DataError if the
-    slide cannot be read and OutOfMemoryError if memory runs out.
+    image cannot be read and OutOfMemoryError if memory runs out.
     """
     dataset = task.dataset(split, training=False)
-    assert isinstance(dataset, SlideDataset)
-    positions = {record.id: at for at, record in enumerate(dataset.records)}
+    assert not isinstance(dataset, RadiographDataset)
+    records: Sequence[Slide | Volume] = dataset.records
+    positions = {record.id: at for at, record in enumerate(records)}
     device, precision = next(model.parameters()).device, task.config.precision
     dtype = input_dtype(precision)
-    view = SlideView(task.config.res, task.config.dataset.fit, task.config.dataset.mpp)
     was_training = model.training
     backbone, head = split_classifier(model.eval())
     strategy = create_strategy()
@@ -214,18 +230,18 @@ def grad_cam_maps(
                 (1, task.in_channels, *task.input_shape),
                 dtype=dtype,
                 device=device,
-                memory_format=torch.channels_last,
+                memory_format=task.memory_format,
             )
             prepared = strategy.prepare_inference(backbone, sample)
         del sample
 
-        def explain(slide_id: str) -> SlideMap:
-            batch = read_batch(dataset, SampleKey(0, positions[slide_id]))
+        def explain(image_id: str) -> NDArray[np.float32]:
+            batch = read_batch(dataset, SampleKey(0, positions[image_id]))
             with strategy.guard(), autocast(device, precision):
                 with torch.no_grad():
                     features = prepared(task.inputs(batch, device, dtype))
-                values = grad_cam(features, head)[0].float().cpu().numpy()
-            return _grad_cam_map(values, view, str(task.data_facts["positive"]))
+                values: NDArray[np.float32] = grad_cam(features, head)[0].float().cpu().numpy()
+            return values
 
         yield explain
     finally:

@@ -130,6 +130,18 @@ def _eval(words: list[str]) -> int:
     return 0
 
 
+def _plan(words: list[str]) -> int:
+    from umtrain.plan_command import plan
+
+    return plan(words, _console())
+
+
+def _limits(words: list[str]) -> int:
+    from umtrain.limits_command import limits
+
+    return limits(words, _console())
+
+
 def _report(words: list[str]) -> int:
     from umtrain.report_command import report
 
@@ -187,6 +199,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": _fit,
     "sweep": _sweep,
     "eval": _eval,
+    "plan": _plan,
+    "limits": _limits,
     "report": _report,
     "data": _data,
     "doctor": _doctor,

@@ -38,7 +38,13 @@ RESUME_WORDS = ("auto", "never")
 GROUPS = ("dataset", "model", "memory", "optim")
 # What a folder of conf/ sets other keys for: the groups, and a root key that is chosen like one.
 _CHOSEN = (*GROUPS, "approach")
-_MODEL_TASKS = {"resnet50": "wsi", "resnet101": "wsi", "resunet35": "spine"}
+_MODEL_TASKS = {
+    "resnet50": "wsi",
+    "resnet101": "wsi",
+    "resunet35": "spine",
+    "resnet18_3d": "ct",
+    "resnet101_3d": "ct",
+}
 RES_MULTIPLE_PX = 64
 # Below it the deepest map is a single pixel, which has no spread to normalise by.
 _LEAST_SPINE_RES = 128
@@ -46,6 +52,10 @@ _N_SHOWN_CHARACTERS = 200
 # Far beyond what any machine holds, far below where the arithmetic of sizes overflows.
 _MOST_PIXELS = 2**45
 _MOST = 2**31 - 1
+_LEAST_RES, _LEAST_CT_RES = 64, 32
+# Slices, and rows and columns, that the deepest map of a 3D network makes one position of.
+_CT_STRIDES = (16, 32, 32)
+_CT_KEYS = ("depth", "spacing_mm", "window_center", "window_width")
 
 
 def _key(help_text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -67,6 +77,12 @@ class DatasetConfig:
     workers: int = _key("processes that read ahead while a step trains", 1)
     read_timeout_s: float = _key("seconds that reading one image may take", 600.0)
     max_bad_fraction: float = _key("share of a split that may be left out as unreadable", 0.05)
+    depth: int | None = _key("slices of the volume the network sees, for ct", None)
+    spacing_mm: float | None = _key(
+        "width of a voxel, for ct, cropped or padded; null: the grid spans the volume", None
+    )
+    window_center: float | None = _key("Hounsfield units, for ct; a manifest's win", None)
+    window_width: float | None = _key("Hounsfield units from black to white, for ct", None)
     patches_per_slide: int | None = _key(
         "patches drawn from a slide each epoch, for approach=two_stage", None
     )
@@ -400,7 +416,7 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def _check_numbers(config: RunConfig) -> None:
     at_least = {
-        "res": 64,
+        "res": _LEAST_CT_RES if config.dataset.name == "ct" else _LEAST_RES,
         "batch_size": 1,
         "epochs": 1,
         "cases": 0,
@@ -409,7 +425,7 @@ def _check_numbers(config: RunConfig) -> None:
         "optim.accumulate": 1,
         "optim.weight_decay": 0,
     }
-    for key in ("max_steps", "dataset.patches_per_slide"):
+    for key in ("max_steps", "dataset.patches_per_slide", "dataset.depth"):
         if _value(config, key) is not None:
             at_least[key] = 1
     for key, least in at_least.items():
@@ -426,6 +442,7 @@ def _check_numbers(config: RunConfig) -> None:
         raise ConfigError(f"seed={config.seed}: must be at least 0 and below 2**63")
     positive = ["optim.lr", "dataset.aspect", "dataset.mpp", "optim.clip_norm"]
     positive.append("dataset.read_timeout_s")
+    positive += ["dataset.spacing_mm", "dataset.window_width"]
     for key in positive:
         value = _value(config, key)
         if value is not None and not 0 < value < math.inf:
@@ -466,6 +483,8 @@ def _check_combinations(config: RunConfig) -> None:
         )
     if dataset.name == "spine" and config.res < _LEAST_SPINE_RES:
         raise ConfigError(f"res={config.res}: must be at least {_LEAST_SPINE_RES} for radiographs")
+    if dataset.name == "ct":
+        _check_volume(config)
     if model.pool is not None and dataset.name == "spine":
         raise ConfigError(f"model.pool={model.pool}: {model.name} has no global pooling")
     if model.norm == "frozen" and model.pretrained is None:
@@ -486,6 +505,23 @@ def _check_parallel(config: RunConfig) -> None:
         raise ConfigError(
             f"model.sync_batchnorm=true: model.norm={config.model.norm} has no statistics of a "
             "batch; leave one of them out"
+        )
+
+
+def _check_volume(config: RunConfig) -> None:
+    dataset = config.dataset
+    for key in ("depth", "window_center", "window_width"):
+        if getattr(dataset, key) is None:
+            raise ConfigError(f"dataset.{key}: volumes need it; leave it out for the default")
+    assert dataset.depth is not None
+    if not math.isfinite(dataset.window_center or 0):
+        raise ConfigError(f"dataset.window_center={dataset.window_center}: must be finite")
+    shape = (dataset.depth, config.res, max(1, round(config.res * dataset.aspect)))
+    if all(side <= stride for side, stride in zip(shape, _CT_STRIDES, strict=True)):
+        raise ConfigError(
+            f"res={config.res}, dataset.depth={dataset.depth}: the deepest map would be a single "
+            f"position, which has no spread to normalise by; use dataset.depth={_CT_STRIDES[0] + 1}"
+            f" or more, or res={_CT_STRIDES[1] + 1} or more"
         )
 
 
@@ -523,11 +559,14 @@ def _check_ignored(config: RunConfig) -> None:
         raise ConfigError("memory.oversubscribe: is about a GPU's managed memory; leave it out")
     if dataset.name == "wsi" and reads_whole and dataset.mpp is not None:
         raise ConfigError("dataset.mpp: has no effect with dataset.fit=resize; use pad or crop")
-    if dataset.name == "spine":
-        defaults = DatasetConfig(name="spine")
-        for key in ("fit", "mpp", "positive"):
-            if getattr(dataset, key) != getattr(defaults, key):
-                raise ConfigError(f"dataset.{key}: radiographs have no such choice; leave it out")
+    keys = {"spine": ("fit", "mpp", "positive", *_CT_KEYS), "wsi": _CT_KEYS, "ct": ("fit", "mpp")}
+    names = {"spine": "radiographs", "wsi": "slides", "ct": "volumes"}
+    defaults = DatasetConfig(name=dataset.name)
+    for key in keys[dataset.name]:
+        if getattr(dataset, key) != getattr(defaults, key):
+            raise ConfigError(
+                f"dataset.{key}: {names[dataset.name]} have no such choice; leave it out"
+            )
 
 
 def _check_files(config: RunConfig) -> None:

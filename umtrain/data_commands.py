@@ -13,17 +13,19 @@ from umtrain.arguments import parse_arguments
 from umtrain.console import Console
 from umtrain.data import importers
 from umtrain.data.check import CheckReport, check_manifest
-from umtrain.data.demo import LARGE_RADIOGRAPH_SIZE_PX, SLIDE_SIZE_PX
+from umtrain.data.demo import LARGE_RADIOGRAPH_SIZE_PX, SLIDE_SIZE_PX, VOLUME_SIZE_PX
 from umtrain.data.manifest import Kind
 from umtrain.data.synthetic.radiographs import make_radiographs
 from umtrain.data.synthetic.slides import make_slides
+from umtrain.data.synthetic.volumes import SMALLEST_SIZE_PX, make_volumes
 from umtrain.data.table import iter_rows, read_text
 from umtrain.errors import ConfigError, DataError
 
-_KINDS = ("wsi", "spine")
+_KINDS = ("wsi", "spine", "ct")
 _Make = Callable[[Path, int, int, int, Callable[[int, int], None] | None, int], Path]
-_MAKERS: dict[str, _Make] = {"wsi": make_slides, "spine": make_radiographs}
-_SIZES_PX = {"wsi": SLIDE_SIZE_PX, "spine": LARGE_RADIOGRAPH_SIZE_PX}
+_MAKERS: dict[str, _Make] = {"wsi": make_slides, "spine": make_radiographs, "ct": make_volumes}
+_SIZES_PX = {"wsi": SLIDE_SIZE_PX, "spine": LARGE_RADIOGRAPH_SIZE_PX, "ct": VOLUME_SIZE_PX}
+_LEAST_SIZE_PX = {"wsi": 256, "spine": 256, "ct": SMALLEST_SIZE_PX}
 _DEFAULT_N = 24
 EXIT_PROBLEMS = 2
 
@@ -33,7 +35,7 @@ def make(words: list[str], console: Console) -> int:
     given = parse_arguments(words, ("dataset", "n", "size", "seed", "out"))
     kind = given.choice("dataset", _KINDS, "wsi")
     n = given.integer("n", _DEFAULT_N, 1)
-    size_px = given.integer("size", _SIZES_PX[kind], 256)
+    size_px = given.integer("size", _SIZES_PX[kind], _LEAST_SIZE_PX[kind])
     seed = given.integer("seed", 0, 0)
     out = Path(given.values.get("out", f"synthetic-{kind}")).expanduser()
     if out.exists():
@@ -110,6 +112,8 @@ def _n_cores() -> int:
 def _kind_of(path: Path) -> str:
     """Return the kind of a manifest by its id column, which only one kind has."""
     for _, cells in iter_rows(read_text(path), path):
+        if "volume_id" in cells:
+            return "ct"
         return "spine" if "image_id" in cells else "wsi"
     return "wsi"
 

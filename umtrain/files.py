@@ -60,6 +60,17 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again; it need not exist.
+
+    $UMTRAIN_CACHE, or else umtrain in $XDG_CACHE_HOME or ~/.cache.
+    """
+    if own := os.environ.get("UMTRAIN_CACHE"):
+        return Path(own).absolute()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "umtrain"
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

@@ -14,14 +14,14 @@ from rich.table import Table
 from torch import nn
 
 from umtrain import memory, tasks, two_stage
-from umtrain.cases import Explain, grad_cam_maps, remove_cases, write_cases
+from umtrain.cases import grad_cam_maps, grad_cams, remove_cases, write_cases
 from umtrain.checkpoint import BEST, FOLDER, load_checkpoint, step_of, step_paths
 from umtrain.clock import RunClock
 from umtrain.config import RunConfig, run_identity
 from umtrain.console import Console, format_duration
 from umtrain.data.demo import demo_manifest, demo_spec
-from umtrain.data.labels import positive_class
-from umtrain.data.manifest import Kind, Manifest, Slide, Split, read_manifest
+from umtrain.data.labels import LabelledManifest, positive_class
+from umtrain.data.manifest import Kind, Split, is_present, read_manifest
 from umtrain.device import (
     device_name,
     naming_device_failures,
@@ -38,6 +38,8 @@ from umtrain.memory.working_set import measure_working_sets
 from umtrain.parallel.ranks import world_facts
 from umtrain.parallel.scratch import run_dir_of_rank
 from umtrain.parallel.world import alone, world
+from umtrain.planning.host import Readers, check_run
+from umtrain.planning.subject import Subject
 from umtrain.randomness import seed_all
 from umtrain.report import html
 from umtrain.report.record import Record, environment, read_record, write_record
@@ -57,6 +59,7 @@ from umtrain.tasks import AnyManifest, Row, Task
 from umtrain.training import Trainer, autocast, inference, input_dtype, ranks_of
 
 _N_SHOWN = 20
+_OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # numbers for each parameter
 
 
 def fit(config: RunConfig, console: Console) -> Path:
@@ -226,9 +229,9 @@ def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyM
     _check_files(manifest)
     if config.approach == two_stage.NAME:
         two_stage.check_masks(manifest)
-    if manifest.kind == "wsi":
+    if manifest.kind in ("wsi", "ct"):
         # Kept with the run: another version of the rules must not turn its labels round.
-        positive = positive_class(cast(Manifest[Slide], manifest), dataset.positive)
+        positive = positive_class(cast(LabelledManifest, manifest), dataset.positive)
         config = dataclasses.replace(
             config, dataset=dataclasses.replace(config.dataset, positive=positive)
         )
@@ -236,7 +239,7 @@ def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyM
 
 
 def _check_files(manifest: AnyManifest) -> None:
-    missing = [record for record in manifest.records if not record.path.is_file()]
+    missing = [record for record in manifest.records if not is_present(record)]
     if missing:
         shown = "\n".join(f"  row {record.row}: {record.path}" for record in missing[:_N_SHOWN])
         more = f"\n  and {len(missing) - _N_SHOWN} more" if len(missing) > _N_SHOWN else ""
@@ -294,6 +297,8 @@ def _n_patients(manifest: AnyManifest, split: Split) -> int:
 
 def _scale(manifest: AnyManifest) -> Record:
     """Return the range of sizes of a pixel that the manifest states, µm or mm, and how many not."""
+    if manifest.kind == "ct":
+        return {}  # each file states its own
     key = "mpp" if manifest.kind == "wsi" else "mm_per_px"
     values = [getattr(record, key) for record in manifest.records]
     stated = [value for value in values if value is not None]
@@ -361,10 +366,11 @@ def _train(task: Task, session: _Session, record: Record) -> None:
     pretrained = config.model.pretrained
     model = task.create_model(Path(pretrained).expanduser() if pretrained else None).to(device)
     trace = run_dir if config.trace else None
-    strategy = _create_strategy(_with_strategy(config, start.strategy), device, trace)
+    strategy = create_strategy(_with_strategy(config, start.strategy), device, trace)
     try:
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
+        _check_room(task, model, strategy)
         with strategy.guard():
             draw = _overlays(task, model, device, run_dir, console, logger)
             trainer = Trainer(
@@ -405,6 +411,16 @@ def _note_training(task: Task, trainer: Trainer, record: Record) -> None:
     record["memory_use"] = trainer.memory_use()
     reasons = record["memory_use"].pop("reasons")
     record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
+
+
+def _check_room(task: Task, model: nn.Module, strategy: Strategy) -> None:
+    """Refuse a run that surely has not the memory it needs; raises OutOfMemoryError."""
+    config = task.config
+    sample = task.sample_input(torch.device("meta"), input_dtype(config.precision))
+    n_states = _OPTIMIZER_STATES[config.optim.name]
+    subject = Subject(model, sample, config.precision, n_states=n_states)
+    readers = Readers(config.dataset.workers, batch_bytes=sample.numel())
+    check_run(subject, strategy.name, strategy.options, readers)
 
 
 def _overlays(
@@ -470,7 +486,7 @@ def _prepared(
 
     Raises OutOfMemoryError, in the block too.
     """
-    strategy = _create_strategy(task.config, device, trace=None)
+    strategy = create_strategy(task.config, device, trace=None)
     try:
         ranks = ranks_of(task)
         ranks.tie_inference(strategy)
@@ -483,7 +499,8 @@ def _prepared(
         strategy.close()
 
 
-def _create_strategy(config: RunConfig, device: torch.device, trace: Path | None) -> Strategy:
+def create_strategy(config: RunConfig, device: torch.device, trace: Path | None) -> Strategy:
+    """Return the configured memory strategy; `trace` is the folder of its timeline, if any."""
     options = {
         item.name: getattr(config.memory, item.name)
         for item in dataclasses.fields(config.memory)
@@ -559,13 +576,12 @@ def _evaluate_split(
 
 def _maps(
     task: Task, model: nn.Module, split: Split, device: torch.device, run_dir: Path
-) -> AbstractContextManager[Explain]:
-    """Return what shows where on a slide the network found its reasons."""
+) -> AbstractContextManager[Any]:
+    """Return what shows where in an image the network found its reasons; see `write_cases`."""
     if task.config.approach == two_stage.NAME:
         return two_stage.cancer_maps(task, split, run_dir)
-    return grad_cam_maps(
-        task, model, split, lambda: _create_strategy(task.config, device, trace=None)
-    )
+    make = grad_cams if task.config.dataset.name == "ct" else grad_cam_maps
+    return make(task, model, split, lambda: create_strategy(task.config, device, trace=None))
 
 
 def _publish(run_dir: Path, record: Record, console: Console) -> None:

@@ -34,6 +34,7 @@ COMMANDS = {
             "umtrain fit dataset=wsi res=1024",
             "umtrain fit resume=runs/night",
             "umtrain fit dataset=spine res=512 epochs=20",
+            "umtrain fit dataset=ct res=96 dataset.depth=32",
             "umtrain fit dataset=wsi dataset.manifest=slides.csv res=2048 precision=bf16",
         ),
         True,
@@ -62,6 +63,35 @@ COMMANDS = {
         ("umtrain eval", "umtrain eval run=runs/night split=val"),
         False,
     ),
+    "plan": Command(
+        "umtrain plan [res=N[,N…]] [memory=STRATEGY|all] [device=auto|cpu|cuda|PROFILE] "
+        "[calibrate=true] [out=DIR] [key=value …]",
+        "predict memory, traffic and time of each strategy, without training or data",
+        "Needs no manifest; with one it says what an epoch takes. This machine is measured once, "
+        "in about half a minute, and the figures are kept; calibrate=true measures again. "
+        "device= also takes a profile of another machine; dataset.aspect any shape of slide. "
+        "Several values of res, or out=DIR, write plan.json and plan.png.\n"
+        f"Profiles: {', '.join(group_options('device_profile'))}",
+        (
+            "umtrain plan res=4096",
+            "umtrain plan res=1024,2048,4096,8192 device=a100_80gb precision=bf16",
+            "umtrain plan res=100000 dataset.aspect=0.5 device=v100_node memory=stream",
+        ),
+        True,
+    ),
+    "limits": Command(
+        "umtrain limits [of=res|batch_size] [measure=true] [memory=STRATEGY|all] "
+        "[device=auto|cpu|cuda|PROFILE] [memory.device_budget=2GiB] [out=DIR] [key=value …]",
+        "find the largest res or batch that fits, per strategy",
+        "By prediction, or with measure=true by real steps on this machine, each try a process of "
+        "its own. Writes limits.json and limits.png.",
+        (
+            "umtrain limits memory.device_budget=2GiB",
+            "umtrain limits of=batch_size res=512 model=resnet101 device=v100_32gb",
+            "umtrain limits measure=true memory=lms memory.device_budget=1GiB",
+        ),
+        True,
+    ),
     "report": Command(
         "umtrain report RUN [RUN …] [out=DIR]",
         "make the page of a run or a sweep again; compare several runs",
@@ -79,12 +109,13 @@ COMMANDS = {
     "data": Command(
         "umtrain data make|check|import …",
         "make synthetic data, check a manifest and its files, import other tables",
-        "data make dataset=wsi|spine [n=…] [size=…] [seed=0] [out=DIR]\n"
-        "data check CSV [dataset=wsi|spine] [root=DIR] [fit=pad|crop]\n"
+        "data make dataset=wsi|spine|ct [n=…] [size=…] [seed=0] [out=DIR]\n"
+        "data check CSV [dataset=wsi|spine|ct] [root=DIR] [fit=pad|crop]\n"
         "data import TABLE slides=DIR out=CSV [seed=0] "
         "[format=camelyon16|panda|panda_isup|clam|simple]",
         (
             "umtrain data make dataset=wsi n=60 size=2048 out=slides",
+            "umtrain data make dataset=ct n=60 size=160 out=ct",
             "umtrain data check slides/manifest.csv",
             "umtrain data import train.csv slides=/data/panda out=panda.csv",
         ),
@@ -104,6 +135,12 @@ COMMANDS = {
         ('eval "$(umtrain completion bash)"',),
         False,
     ),
+}
+
+_PLAN_VALUES = {
+    "of": ("res", "batch_size"),
+    "measure": ("true", "false"),
+    "calibrate": ("true", "false"),
 }
 
 
@@ -161,6 +198,8 @@ def completion_script() -> str:
     keys = [f"{key}=" for key in (*GROUPS, *schema_keys())]
     values: dict[str, Any] = {group: group_options(group) for group in GROUPS} | CHOICES
     values |= {key: ("true", "false") for key, item in schema_keys().items() if item.type is bool}
+    values |= _PLAN_VALUES
+    profiles = " ".join(group_options("device_profile"))
     cases = "\n".join(f"    {key}) words='{' '.join(v)}' ;;" for key, v in values.items())
     # Bash splits words at "=": the key of the value being typed is one or two words back.
     return f"""# bash completion of umtrain
@@ -179,6 +218,12 @@ _umtrain() {{
     "") words='{" ".join(keys)}'; compopt -o nospace ;;
 {cases}
     *) COMPREPLY=($(compgen -f -- "$current")); return ;;
+  esac
+  case "${{COMP_WORDS[1]}}:$key" in
+    plan:) words="$words calibrate= out=" ;;
+    limits:) words="$words of= measure= calibrate= out=" ;;
+    plan:device|limits:device) words="$words {profiles}" ;;
+    plan:memory|limits:memory) words="$words all" ;;
   esac
   COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}

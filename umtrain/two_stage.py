@@ -96,6 +96,8 @@ def check_masks(manifest: AnyManifest) -> None:
 def annotation(config: RunConfig, manifest: AnyManifest) -> str:
     """Return what had to be annotated for a run's training, in words."""
     n_train = len(manifest.split("train"))
+    if config.dataset.name == "ct":
+        return f"one label for each of {n_train} training volumes"
     if config.dataset.name != "wsi":
         return f"two keypoints on each of {n_train} training radiographs"
     if config.approach == NAME:

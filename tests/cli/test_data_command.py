@@ -28,6 +28,13 @@ def test_what_is_made_passes_its_own_check(slides, radiographs, capsys):
     assert "every file opens, nothing wrong" in capsys.readouterr().out
 
 
+def test_volumes_are_made_in_both_formats_and_pass_their_own_check(volumes, capsys):
+    kinds = {path.suffix for path in (volumes.parent / "volumes").iterdir()}
+    assert kinds == {"", ".gz"}
+    assert main(["data", "check", str(volumes)]) == 0
+    assert "8 rows, every file opens, nothing wrong" in capsys.readouterr().out
+
+
 def test_check_names_the_row_and_ends_with_2(slides, tmp_path, capsys):
     with slides.open() as stream:
         rows = list(csv.DictReader(stream))

@@ -10,8 +10,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from umtrain import models
 from umtrain.checkpoint import load_checkpoint
+from umtrain.memory.options import Options
+from umtrain.planning.predict import predict
+from umtrain.planning.profile import load_profile
+from umtrain.planning.subject import Subject
 
 PICTURES = ("roc", "pr", "probabilities", "calibration", "confusion")
 SMALL = ("res=64", "epochs=2", "dataset.workers=0", "precision=fp32")
@@ -214,27 +220,43 @@ def test_a_wrong_manifest_ends_before_anything_is_written(umtrain, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# The first runs out in the forward pass, the second in the optimizer's state.
-@pytest.mark.parametrize(("res", "budget"), [(256, "200MiB"), (64, "300MiB")])
-def test_out_of_memory_is_an_outcome_with_its_own_exit_code(slides, umtrain, tmp_path, res, budget):
+@pytest.fixture(scope="module")
+def least_budget_bytes():
+    """What vanilla is predicted to need at res=256 in fp32."""
+    model = models.create("resnet50", in_channels=3, n_outputs=1)
+    subject = Subject(
+        model.to(memory_format=torch.channels_last), torch.empty(1, 3, 256, 256), "fp32"
+    )
+    prediction = predict(subject, "vanilla", load_profile("generic_cpu"), Options())
+    return prediction.least_budget_bytes
+
+
+# The first is refused, as it surely does not fit; the second is let through, and does run out.
+@pytest.mark.parametrize(
+    ("share", "why"),
+    [(0.5, "predicted to need at least"), (0.89, "device memory ran out under memory=vanilla")],
+)
+def test_out_of_memory_is_an_outcome_with_its_own_exit_code(
+    slides, umtrain, tmp_path, least_budget_bytes, share, why
+):
     done = umtrain(
         "fit",
-        f"res={res}",
+        "res=256",
         "epochs=1",
         "precision=fp32",
         "dataset.workers=0",
         "memory=vanilla",
-        f"memory.device_budget={budget}",
+        f"memory.device_budget={int(share * least_budget_bytes)}",
         f"dataset.manifest={slides}",
         "run_dir=run",
         cwd=tmp_path,
     )
     assert done.returncode == 3, done.stderr
-    assert "device memory ran out under memory=vanilla" in done.stderr
+    assert why in done.stderr
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert record["status"] == "oom"
     assert record["test"] is None
-    assert "ran out" in record["reasons"]["test"]
+    assert why in record["reasons"]["test"]
 
 
 def test_a_spill_folder_that_cannot_be_used_ends_before_training(slides, umtrain, tmp_path):

@@ -81,7 +81,7 @@ def train() -> Callable[..., Outcome]:
         dtype: torch.dtype = torch.float32,
         **options: object,
     ) -> Outcome:
-        model = build().train().to(memory_format=torch.channels_last)
+        model = build().train().to(memory_format=_layout(shape))
         torch.manual_seed(0)
         batches = [_batch(shape).to(dtype) for _ in range(n_steps)]
         strategy = memory.create(name, **options)
@@ -108,7 +108,11 @@ def train() -> Callable[..., Outcome]:
 
 
 def _batch(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    return torch.randn(shape).contiguous(memory_format=_layout(shape))
+
+
+def _layout(shape: tuple[int, ...]) -> torch.memory_format:
+    return torch.channels_last if len(shape) == 4 else torch.channels_last_3d
 
 
 class RecordingDriver(CudaDriver):

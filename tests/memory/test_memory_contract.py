@@ -10,7 +10,12 @@ from torch import nn
 from umtrain import models
 
 STRATEGIES = ("vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
-SHAPES = {"resnet50": (2, 3, 64, 64), "resnet101": (2, 3, 32, 32), "resunet35": (2, 1, 64, 64)}
+SHAPES = {
+    "resnet50": (2, 3, 64, 64),
+    "resnet101": (2, 3, 32, 32),
+    "resunet35": (2, 1, 64, 64),
+    "resnet18_3d": (2, 1, 18, 32, 40),
+}
 
 
 @cache
@@ -27,8 +32,11 @@ def reference_cache() -> dict[tuple[str, bool], object]:
     return {}
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("model_name", SHAPES)
+# Not in 3D: see Note: [3D convolutions in bf16] in umtrain/tasks/volumes.py.
+@pytest.mark.parametrize(
+    ("model_name", "bf16"),
+    [(name, bf16) for name in SHAPES for bf16 in (False, True) if not (bf16 and "3d" in name)],
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_same_losses_gradients_and_statistics_as_vanilla(
     strategy, model_name, bf16, train, room, reference_cache

@@ -7,7 +7,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import nn
 
 from umtrain import memory, models
 from umtrain.errors import DeviceError, OutOfMemoryError
@@ -179,26 +178,6 @@ def test_the_least_budget_that_is_named_is_enough_for_steps_and_evaluation(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "MiB" in done.stdout
-
-
-class TestAuto:
-    def chosen(self, budget, caplog) -> str:
-        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
-        strategy = memory.create("auto", device_budget=budget)
-        with caplog.at_level("INFO", "umtrain"):
-            try:
-                strategy.prepare(model, torch.randn(1, 3, 1024, 1024))
-            finally:
-                strategy.close()
-        return strategy.running_name
-
-    def test_takes_ordinary_training_where_it_fits(self, caplog):
-        assert self.chosen("2GiB", caplog) == "vanilla"
-        assert "memory=auto: vanilla, as ordinary training needs about" in caplog.text
-
-    def test_streams_where_it_does_not(self, caplog):
-        assert self.chosen("150MiB", caplog) == "stream"
-        assert "of 150.00 MiB (memory.device_budget)" in caplog.text
 
 
 def test_closing_gives_the_arena_back_to_the_system():

@@ -35,7 +35,9 @@ def create(name: str, **options: object) -> nn.Module:
 
 
 def test_unknown_model_lists_the_options() -> None:
-    with pytest.raises(ConfigError, match=r"model=resnet5 is unknown.*resnet50, resnet101, resun"):
+    with pytest.raises(
+        ConfigError, match=r"model=resnet5 is unknown.*resnet50, resnet101, resnet18_3d"
+    ):
         create("resnet5")
 
 

@@ -76,7 +76,7 @@ def liven(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if (
-            isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d)
+            isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
             and module.weight is not None
         ):
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
@@ -105,12 +105,14 @@ def compare() -> Callable[..., Both]:
         steps: int = 1,
         dtype: torch.dtype = torch.float64,
     ) -> Both:
-        model = liven(model.to(dtype)).to(memory_format=torch.channels_last)
+        is_volume = x.ndim == 5
+        layout = torch.channels_last_3d if is_volume else torch.channels_last
+        model = liven(model.to(dtype)).to(memory_format=layout)
         other = copy.deepcopy(model)
         streamer = Streamer(other, Settings(lambda: budget_bytes, host, strip_bytes))
         found = []
         for network, forward in ((model, model), (other, streamer)):
-            given = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+            given = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
             given.grad = None
             torch.manual_seed(3)
             for _ in range(steps):

@@ -65,6 +65,14 @@ def parse_length(cell: str) -> float:
     return value
 
 
+def parse_window_width(cell: str) -> float:
+    """Return a number above 0."""
+    value = parse_number(cell)
+    if value <= 0:
+        raise BadCellError("a number above 0", "write Hounsfield units, or leave it empty")
+    return value
+
+
 def parse_split(cell: str) -> Split:
     """Return train, val or test."""
     if cell not in SPLITS:
@@ -112,6 +120,7 @@ class PathParser:
 CELL_PARSERS: dict[str, Callable[[str], object]] = {
     "slide_id": parse_id,
     "image_id": parse_id,
+    "volume_id": parse_id,
     "patient_id": parse_text,
     "label": parse_text,
     "split": parse_split,
@@ -122,5 +131,7 @@ CELL_PARSERS: dict[str, Callable[[str], object]] = {
     "s1_x": parse_number,
     "s1_y": parse_number,
     "facing": parse_facing,
+    "window_center": parse_number,
+    "window_width": parse_window_width,
     "sha256": parse_sha256,
 }

@@ -1,14 +1,24 @@
 """The check of a manifest and of every file that it names."""
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from umtrain.data.cells import SPLITS
+from umtrain.data.ct import read_ct
+from umtrain.data.digest import content_bytes, content_sha256
 from umtrain.data.isolated import READ_LIMITS, Limits, map_isolated
-from umtrain.data.manifest import AnyRecord, Kind, Manifest, Radiograph, Slide, parse_manifest
+from umtrain.data.manifest import (
+    AnyRecord,
+    Kind,
+    Manifest,
+    Radiograph,
+    Slide,
+    Volume,
+    is_present,
+    parse_manifest,
+)
 from umtrain.data.radiograph import pixel_spacing_mm, read_radiograph
 from umtrain.data.wsi import read_slide, slide_info
 from umtrain.errors import DataError, UmtrainError
@@ -86,7 +96,7 @@ def check_manifest(
     present = []
     for record in manifest.records:
         problems += _missing_files(record)
-        if record.path.is_file():
+        if is_present(record):
             present.append(record)
     digests: dict[int, str] = {}
     jobs = _jobs(present, needs_mpp)
@@ -105,16 +115,17 @@ def check_manifest(
 
 
 def _missing_files(record: AnyRecord) -> Iterator[Problem]:
+    fix = "correct the path, or set dataset.root to the folder that paths start from"
+    if not is_present(record):
+        yield Problem(record.row, record.id, record.path, "missing file", fix)
     mask = record.mask if isinstance(record, Slide) else None
-    for name, path in (("file", record.path), ("mask", mask)):
-        if path is not None and not path.is_file():
-            fix = "correct the path, or set dataset.root to the folder that paths start from"
-            yield Problem(record.row, record.id, path, f"missing {name}", fix)
+    if mask is not None and not mask.is_file():
+        yield Problem(record.row, record.id, mask, "missing mask", fix)
 
 
 def _jobs(records: Sequence[AnyRecord], needs_mpp: bool) -> list[_Job]:
     """Return what to open; digests are for rows that state one, and for files of equal size."""
-    n_bytes = {record.row: record.path.stat().st_size for record in records}
+    n_bytes = {record.row: content_bytes(record.path) for record in records}
     n_of_size = Counter(n_bytes.values())
     return [
         _Job(record, needs_mpp, record.sha256 is not None or n_of_size[n_bytes[record.row]] > 1)
@@ -129,14 +140,15 @@ def _open(job: _Job) -> _Findings:
     try:
         if isinstance(record, Slide):
             problems += _slide_problems(record, job.needs_mpp)
+        elif isinstance(record, Volume):
+            read_ct(record.path)
         else:
             problems += _radiograph_problems(record)
     except UmtrainError as error:
         problems.append(_what_and_fix(error, record.path))
     digest = None
     if job.needs_sha256:
-        with record.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = content_sha256(record.path)
         if record.sha256 not in (None, digest):
             what = f"sha256: got {digest} from the file, expected {record.sha256}"
             problems.append((what, "fetch the file again, or correct the column"))
@@ -197,10 +209,10 @@ def _duplicates(records: Sequence[AnyRecord], digests: Mapping[int, str]) -> Ite
 
 
 def _gaps(manifest: Manifest[AnyRecord]) -> Iterator[Problem]:
-    """Yield the splits without rows, and for slides those without some class."""
+    """Yield the splits without rows, and those without some class."""
     labels_of_split: dict[str, set[str]] = defaultdict(set)
     for record in manifest.records:
-        labels_of_split[record.split].add(record.label if isinstance(record, Slide) else "")
+        labels_of_split[record.split].add("" if isinstance(record, Radiograph) else record.label)
     for split in SPLITS:
         if split not in labels_of_split:
             what, fix = f"no rows in split {split}", "move some patients to it"

@@ -1,4 +1,4 @@
-"""Demo data: synthetic slides or radiographs, made once and kept in a cache folder."""
+"""Demo data: synthetic slides, radiographs or volumes, made once and kept in a cache folder."""
 
 import fcntl
 import hashlib
@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from umtrain.data import synthetic
-from umtrain.data.manifest import Kind, read_manifest
+from umtrain.data.manifest import Kind, is_present, read_manifest
 from umtrain.data.synthetic.radiographs import make_radiographs
 from umtrain.data.synthetic.slides import make_slides
+from umtrain.data.synthetic.volumes import make_volumes
 from umtrain.errors import DataError, ManifestError
+from umtrain.files import cache_folder
 
 SLIDE_SIZE_PX = 1536
 N_SLIDES = 240
@@ -25,6 +27,10 @@ RADIOGRAPH_SIZE_PX = 2048
 N_RADIOGRAPHS = 360
 LARGE_RADIOGRAPH_SIZE_PX = 4000
 N_LARGE_RADIOGRAPHS = 200
+VOLUME_SIZE_PX = 160
+N_VOLUMES = 200
+LARGE_VOLUME_SIZE_PX = 512
+N_LARGE_VOLUMES = 24
 SEED = 0
 
 _STAMP = "demo.json"
@@ -33,7 +39,9 @@ _Progress = Callable[[int, int], None] | None
 _MAKERS: dict[Kind, Callable[[Path, int, int, int, _Progress, int], Path]] = {
     "wsi": make_slides,
     "spine": make_radiographs,
+    "ct": make_volumes,
 }
+_NAMES: dict[Kind, str] = {"wsi": "slides", "spine": "radiographs", "ct": "volumes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +60,18 @@ class DemoSpec:
 
 
 def demo_spec(kind: Kind, res: int) -> DemoSpec:
-    """Return what `demo_manifest` makes: slides of at least `res`, films of 2048 or 4000 rows."""
+    """Return what `demo_manifest` makes: slides of at least `res`, films of 2048 or 4000 rows.
+
+    Volumes have 160 rows up to that `res`, else 512.
+    """
     if kind == "spine" and res <= RADIOGRAPH_SIZE_PX:
         return DemoSpec(kind, N_RADIOGRAPHS, RADIOGRAPH_SIZE_PX)
     if kind == "spine":
         return DemoSpec(kind, N_LARGE_RADIOGRAPHS, LARGE_RADIOGRAPH_SIZE_PX)
+    if kind == "ct" and res <= VOLUME_SIZE_PX:
+        return DemoSpec(kind, N_VOLUMES, VOLUME_SIZE_PX)
+    if kind == "ct":
+        return DemoSpec(kind, N_LARGE_VOLUMES, LARGE_VOLUME_SIZE_PX)
     if res <= SLIDE_SIZE_PX:
         return DemoSpec(kind, N_SLIDES, SLIDE_SIZE_PX)
     return DemoSpec(kind, N_LARGE_SLIDES, -(-res // LARGE_SIZE_STEP_PX) * LARGE_SIZE_STEP_PX)
@@ -76,14 +91,6 @@ def demo_manifest(
     Raises DataError if the cache folder cannot be written.
     """
     return ensure_demo(demo_spec(kind, res), cache_folder(), say, progress)
-
-
-def cache_folder() -> Path:
-    """Return the folder that demo data lies in; it need not exist."""
-    if own := os.environ.get("UMTRAIN_CACHE"):
-        return Path(own).absolute()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "umtrain"
 
 
 def ensure_demo(
@@ -111,7 +118,7 @@ def ensure_demo(
 
 
 def _name(spec: DemoSpec) -> str:
-    return f"{'slides' if spec.kind == 'wsi' else 'radiographs'} of {spec.size_px} px"
+    return f"{_NAMES[spec.kind]} of {spec.size_px} px"
 
 
 @contextmanager
@@ -142,7 +149,7 @@ def _is_whole(folder: Path, spec: DemoSpec) -> bool:
         records = read_manifest(folder / _MANIFEST, spec.kind).records
     except (FileNotFoundError, ValueError, ManifestError):
         return False
-    return all(record.path.is_file() for record in records)
+    return all(is_present(record) for record in records)
 
 
 def _make(folder: Path, spec: DemoSpec, progress: _Progress) -> None:

@@ -1,8 +1,10 @@
-"""From the classes of a slide manifest to the two classes a model tells apart."""
+"""From the classes of a manifest to the two classes a model tells apart."""
 
-from umtrain.data.manifest import Manifest, Slide
+from umtrain.data.manifest import Manifest, Slide, Volume
 from umtrain.data.table import listed, near_hint
 from umtrain.errors import ConfigError, ManifestError
+
+LabelledManifest = Manifest[Slide] | Manifest[Volume]
 
 # Words for "nothing found": where one of two classes is called so, the other is the positive one.
 _NEGATIVE_WORDS = frozenset(
@@ -10,7 +12,7 @@ _NEGATIVE_WORDS = frozenset(
 )
 
 
-def positive_class(manifest: Manifest[Slide], positive: str | None) -> str:
+def positive_class(manifest: LabelledManifest, positive: str | None) -> str:
     """Return the class that counts as positive: the given one, or one of two by their names.
 
     Of two, it is the one beside a class called normal, benign, negative, 0 or the like, else the
@@ -40,15 +42,15 @@ def _by_name(classes: tuple[str, ...]) -> str:
     return (findings or classes or ("",))[-1]
 
 
-def binary_labels(manifest: Manifest[Slide], positive: str | None = None) -> dict[str, int]:
+def binary_labels(manifest: LabelledManifest, positive: str | None = None) -> dict[str, int]:
     """Return 1 for the positive class and 0 for every other; raises as `positive_class` does."""
     chosen = positive_class(manifest, positive)
     return {label: int(label == chosen) for label in manifest.classes}
 
 
-def _check_train_split(manifest: Manifest[Slide], positive: str) -> None:
+def _check_train_split(manifest: LabelledManifest, positive: str) -> None:
     """Raise ManifestError unless both sides of the question occur in the train split."""
-    in_train = sorted({slide.label for slide in manifest.split("train")})
+    in_train = sorted({record.label for record in manifest.split("train")})
     if positive not in in_train or len(in_train) < 2:
         raise ManifestError(
             f"{manifest.path}: the train split has {listed(in_train) or 'no rows'}, expected "

@@ -22,10 +22,11 @@ from umtrain.data.dataset import RadiographDataset, SampleKey, SlideDataset
 from umtrain.data.isolated import READ_LIMITS, Children, Limits, call_isolated, start_server
 from umtrain.data.share import WHOLE, Share
 from umtrain.data.skipped import Skipped
+from umtrain.data.volume_dataset import VolumeDataset
 from umtrain.errors import DataError
 
 Batch = dict[str, Any]
-AnyDataset = SlideDataset | RadiographDataset
+ImageDataset = SlideDataset | RadiographDataset | VolumeDataset
 
 # Two batches wait per reader, as readers are not equally fast; a large one trains for long, so
 # that one is enough.
@@ -66,7 +67,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: AnyDataset,
+        dataset: ImageDataset,
         sampler: EpochSampler,
         batch_size: int,
         drop_last: bool,
@@ -126,7 +127,7 @@ _Answer = _Sample | DataError | None
 
 
 def make_loader(
-    dataset: AnyDataset,
+    dataset: ImageDataset,
     batch_size: int,
     *,
     shuffle: bool,
@@ -139,7 +140,8 @@ def make_loader(
 ) -> Loader:
     """Return batches of `dataset`: its samples' values stacked, images in channels-last memory.
 
-    image is uint8 (batch, 3, res, res) or uint16 (batch, 1, height, width); numbers become
+    image is uint8 (batch, 3, res, res), uint16 (batch, 1, height, width) or uint16
+    (batch, 1, depth, rows, columns); numbers become
     tensors and ids lists. With `workers`, as many reader processes prepare the next batches
     while the present one trains; batches are the same for any number of them. An image that
     cannot be read, that its reader dies of, or that goes over `limits` (besides which a reader may
@@ -169,7 +171,7 @@ class _Readers(Protocol):
 class _Here:
     """Reads in this process, when asked."""
 
-    def __init__(self, dataset: AnyDataset) -> None:
+    def __init__(self, dataset: ImageDataset) -> None:
         self._dataset = dataset
 
     def read(
@@ -188,7 +190,7 @@ class _Here:
 class _Processes:
     """Reads in processes, `n_ahead` samples ahead."""
 
-    def __init__(self, dataset: AnyDataset, workers: int, n_ahead: int, limits: Limits) -> None:
+    def __init__(self, dataset: ImageDataset, workers: int, n_ahead: int, limits: Limits) -> None:
         # Now, not at the first batch: it imports torch while the model is made.
         start_server(__name__)
         self._n_ahead = n_ahead
@@ -220,22 +222,22 @@ def _awaited(future: "Future[_Sample] | None") -> _Answer:
         return error
 
 
-def read_batch(dataset: AnyDataset, key: SampleKey) -> Batch:
+def read_batch(dataset: ImageDataset, key: SampleKey) -> Batch:
     """Return one sample as a batch, read in a process of its own; DataError if that fails."""
     limits = _with_sample(READ_LIMITS, dataset)
     return _collate([call_isolated(partial(_read, dataset), key, limits)])
 
 
-def _with_sample(limits: Limits, dataset: AnyDataset) -> Limits:
+def _with_sample(limits: Limits, dataset: ImageDataset) -> Limits:
     memory_bytes = limits.memory_bytes + _SAMPLE_COPIES * dataset.sample_bytes
     return Limits(limits.timeout_s, memory_bytes)
 
 
-def _read(dataset: AnyDataset, key: SampleKey) -> _Sample:
-    """Return a sample, its tensors as arrays, the image (rows, columns, channels)."""
+def _read(dataset: ImageDataset, key: SampleKey) -> _Sample:
+    """Return a sample, its tensors as arrays, the image's channels last."""
     sample: _Sample = dict(dataset[key])
     # Slides lie in memory as (rows, columns, channels): as such they are contiguous.
-    sample["image"] = sample["image"].permute(1, 2, 0)
+    sample["image"] = sample["image"].movedim(0, -1)
     return {
         name: value.numpy() if isinstance(value, torch.Tensor) else value
         for name, value in sample.items()
@@ -247,4 +249,4 @@ def _collate(samples: Sequence[_Sample]) -> Batch:
     rest = [{key: value for key, value in s.items() if key != "image"} for s in samples]
     rows_first = [torch.from_numpy(sample["image"]) for sample in samples]
     stacked = rows_first[0][None] if len(samples) == 1 else default_collate(rows_first)
-    return {"image": stacked.permute(0, 3, 1, 2), **default_collate(rest)}
+    return {"image": stacked.movedim(-1, 1), **default_collate(rest)}

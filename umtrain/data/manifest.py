@@ -2,8 +2,9 @@
 
 Slides have the columns slide_id, patient_id, path, label, split and may have mpp, mask, sha256.
 Radiographs have image_id, patient_id, path, c7_x, c7_y, s1_x, s1_y, split and may have mm_per_px,
-facing, sha256. Other columns are left alone. Keypoints are in pixels of the stored image, pixel
-centres at whole numbers, x to the right and y downwards.
+facing, sha256. Volumes have volume_id, patient_id, path, label, split and may have window_center,
+window_width, sha256. Other columns are left alone. Keypoints are in pixels of the stored image,
+pixel centres at whole numbers, x to the right and y downwards.
 """
 
 import csv
@@ -31,12 +32,14 @@ __all__ = [
     "RowProblem",
     "Slide",
     "Split",
+    "Volume",
+    "is_present",
     "parse_manifest",
     "read_manifest",
     "write_manifest",
 ]
 
-Kind = Literal["wsi", "spine"]
+Kind = Literal["wsi", "spine", "ct"]
 
 _N_SHOWN = 20
 
@@ -84,8 +87,32 @@ class Radiograph:
         return self.image_id
 
 
-AnyRecord = Slide | Radiograph
-Record = TypeVar("Record", Slide, Radiograph, AnyRecord)
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """One row of a CT manifest: a NIfTI file or the folder of a DICOM series.
+
+    The window, in Hounsfield units, is None where that of the configuration holds. `sha256` of a
+    folder is that of its files one after another, in the order of their names.
+    """
+
+    volume_id: str
+    patient_id: str
+    path: Path
+    label: str
+    split: Split
+    window_center: float | None = None
+    window_width: float | None = None
+    sha256: str | None = None
+    row: int = field(default=0, compare=False)
+
+    @property
+    def id(self) -> str:
+        """The name this row has in predictions and reports."""
+        return self.volume_id
+
+
+AnyRecord = Slide | Radiograph | Volume
+Record = TypeVar("Record", Slide, Radiograph, Volume, AnyRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +134,11 @@ class Manifest(Generic[Record]):
         """The labels that occur, sorted; none for radiographs."""
         labels = {getattr(record, "label", None) for record in self.records}
         return tuple(sorted(label for label in labels if label is not None))
+
+
+def is_present(record: AnyRecord) -> bool:
+    """Return whether what a row names is there: a file, or for a volume a folder of slices."""
+    return record.path.exists() if isinstance(record, Volume) else record.path.is_file()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +178,11 @@ _SCHEMAS: dict[Kind, _Schema] = {
         ("image_id", "patient_id", "path", "c7_x", "c7_y", "s1_x", "s1_y", "split"),
         ("mm_per_px", "facing", "sha256"),
     ),
+    "ct": _Schema(
+        Volume,
+        ("volume_id", "patient_id", "path", "label", "split"),
+        ("window_center", "window_width", "sha256"),
+    ),
 }
 
 
@@ -159,8 +196,12 @@ def read_manifest(
 ) -> Manifest[Radiograph]: ...
 @overload
 def read_manifest(
+    path: Path | str, kind: Literal["ct"], root: Path | str | None = None
+) -> Manifest[Volume]: ...
+@overload
+def read_manifest(
     path: Path | str, kind: Kind, root: Path | str | None = None
-) -> Manifest[Slide] | Manifest[Radiograph]: ...
+) -> Manifest[Slide] | Manifest[Radiograph] | Manifest[Volume]: ...
 def read_manifest(path: Path | str, kind: Kind, root: Path | str | None = None) -> Manifest[Any]:
     """Read a manifest; image paths are relative to `root`, or else to the manifest's folder.
 

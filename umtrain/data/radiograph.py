@@ -6,28 +6,27 @@ can reach a message, a log or a report from here.
 
 import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydicom import Dataset, dcmread
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing, get_decoder, pixel_array
-from pydicom.uid import UID
+from pydicom import Dataset
+from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-from umtrain.data import radiograph_jpeg
+from umtrain.data.dicom import (
+    PIXEL_ATTRIBUTES,
+    check_grey_frame,
+    decode_pixels,
+    is_padding,
+    noting_warnings,
+    read_header,
+)
 from umtrain.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 
 _ATTRIBUTES = [
-    *("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData"),
-    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "SpecificCharacterSet"),
-    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *PIXEL_ATTRIBUTES,
     *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
     *("PixelSpacing", "ImagerPixelSpacing", "EstimatedRadiographicMagnificationFactor"),
@@ -66,10 +65,10 @@ def read_radiograph(path: Path) -> RadiographImage:
     without a codec, blank, in colour or of several frames.
     """
     notes: list[str] = []
-    with _noting_warnings(notes):
-        header = _read_header(path)
-        _check_header(header, path)
-        stored = _decode(header, path)
+    with noting_warnings(notes):
+        header = read_header(path, _ATTRIBUTES)
+        check_grey_frame(header, path)
+        stored = decode_pixels(header, path)
         pixels = _to_display(stored, header, path)
     for note in notes:
         _LOG.warning("%s: %s", path, note)
@@ -109,97 +108,6 @@ def column_spacing_mm(
     return pixel_spacing_mm(image, manifest_mm_per_px, path)[1]
 
 
-@contextmanager
-def _noting_warnings(notes: list[str]) -> Iterator[None]:
-    """Collect pydicom's warnings in `notes` instead of showing them as Python warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    notes.extend(dict.fromkeys(str(warning.message) for warning in caught))
-
-
-def _read_header(path: Path) -> Dataset:
-    try:
-        return dcmread(path, specific_tags=_ATTRIBUTES)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; correct the manifest's path or root") from None
-    except InvalidDicomError:
-        raise DataError(
-            f"{path}: not a DICOM file (no 'DICM' after 128 bytes); expected DICOM Part 10"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened: {error.strerror}; check its rights") from error
-    except Exception as error:  # a damaged header fails in whichever parser meets it first
-        raise _damaged(path, "its header cannot be parsed", error) from error
-
-
-def _damaged(path: Path, reason: str, error: Exception | None = None) -> DataError:
-    kind = f" ({type(error).__name__})" if error else ""
-    return DataError(f"{path}: damaged or truncated: {reason}{kind}; fetch the file again")
-
-
-def _check_header(header: Dataset, path: Path) -> None:
-    """Refuse what is not one frame of grey pixels."""
-    if "TransferSyntaxUID" not in header.file_meta:
-        raise _damaged(path, "its file meta information has no TransferSyntaxUID")
-    if "PixelData" not in header:
-        raise DataError(
-            f"{path}: has no PixelData: it is a truncated file or no image (a report, a "
-            "presentation state, float pixels); remove its row or fetch the file again"
-        )
-    required = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
-    missing = [keyword for keyword in required if header.get(keyword) is None]
-    if missing:
-        raise _damaged(path, f"its header has no {', '.join(missing)}")
-    n_frames = int(header.get("NumberOfFrames") or 1)
-    if n_frames != 1:
-        raise DataError(
-            f"{path}: has {n_frames} frames, expected 1; export the frame you want as its own file"
-        )
-    photometric = header.get("PhotometricInterpretation")
-    n_samples = header.get("SamplesPerPixel", 1)
-    if n_samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise DataError(
-            f"{path}: is a colour image ({photometric}, {n_samples} samples per pixel); expected "
-            "MONOCHROME1 or MONOCHROME2: use the original, not a screenshot or secondary capture"
-        )
-    if header.BitsAllocated not in (8, 16):
-        raise DataError(
-            f"{path}: has {header.BitsAllocated} bits per pixel, expected 8 or 16; "
-            "export it as 16 bit"
-        )
-
-
-def _decode(header: Dataset, path: Path) -> np.ndarray:
-    """Return the stored values, (rows, columns), in the file's 8- or 16-bit type."""
-    _check_codec(UID(header.file_meta.TransferSyntaxUID), path)
-    try:
-        stored: np.ndarray = pixel_array(header)
-    except Exception as error:  # every codec behind pydicom raises errors of its own
-        raise _damaged(path, "its pixels cannot be decoded", error) from error
-    if stored.shape != (header.Rows, header.Columns) or stored.dtype.itemsize > 2:
-        raise _damaged(path, f"its pixels decode to {stored.dtype} {stored.shape}")
-    return stored
-
-
-def _check_codec(syntax: UID, path: Path) -> None:
-    radiograph_jpeg.register()
-    convert = "or convert it to Explicit VR Little Endian"
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise DataError(
-            f"{path}: its transfer syntax {syntax.name} ({syntax}) is not one of still images "
-            f"that pydicom reads; {convert.removeprefix('or ')}"
-        ) from None
-    if not decoder.is_available:
-        options = "; or ".join(decoder.missing_dependencies)
-        raise DataError(
-            f"{path}: no codec for its transfer syntax {syntax.name} ({syntax}). "
-            f"Install one of: {options}; {convert}"
-        )
-
-
 def _to_display(stored: np.ndarray, header: Dataset, path: Path) -> np.ndarray:
     """Return `stored` as uint16 grey values 0..65535, bone bright.
 
@@ -209,7 +117,7 @@ def _to_display(stored: np.ndarray, header: Dataset, path: Path) -> np.ndarray:
     codes = stored.view(f"u{stored.dtype.itemsize}")
     n_codes = 2 ** (8 * stored.dtype.itemsize)
     values = np.arange(n_codes, dtype=codes.dtype).view(stored.dtype)
-    padding = _is_padding(values, header)
+    padding = is_padding(values, header)
     counts = np.bincount(codes.ravel(), minlength=n_codes)
     counts[padding] = 0
     if np.count_nonzero(counts) < 2:
@@ -232,16 +140,6 @@ def _to_display(stored: np.ndarray, header: Dataset, path: Path) -> np.ndarray:
         )
     pixels: np.ndarray = table[codes]
     return pixels
-
-
-def _is_padding(values: np.ndarray, header: Dataset) -> np.ndarray:
-    """Return which stored values mark pixels outside the image (DICOM PS3.3 C.7.5.1.1.2)."""
-    first = header.get("PixelPaddingValue")
-    if first is None:
-        return np.zeros(values.shape, bool)
-    last = header.get("PixelPaddingRangeLimit")
-    low, high = sorted((first, first if last is None else last))
-    return np.asarray((values >= low) & (values <= high))
 
 
 def _grey_scale(values: np.ndarray, counts: np.ndarray, header: Dataset) -> np.ndarray:

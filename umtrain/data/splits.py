@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from umtrain.data.cells import SPLITS, Split
-from umtrain.data.manifest import AnyRecord, Record, Slide
+from umtrain.data.manifest import AnyRecord, Radiograph, Record
 
 FRACTIONS: Mapping[Split, float] = {"train": 0.8, "val": 0.1, "test": 0.1}
 
@@ -55,7 +55,7 @@ def _strata(patients: Mapping[str, Sequence[AnyRecord]]) -> dict[str, list[str]]
 
 
 def _label(record: AnyRecord) -> str:
-    return record.label if isinstance(record, Slide) else ""
+    return "" if isinstance(record, Radiograph) else record.label
 
 
 def _fill(sizes: Mapping[str, int], fractions: Mapping[Split, float]) -> dict[str, Split]:

@@ -17,9 +17,10 @@ from umtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from umtrain.memory.base import Strategy
+    from umtrain.memory.options import Options
 
 _REGISTRY = {
-    "auto": ("umtrain.memory.auto", "Auto"),
+    "auto": ("umtrain.planning.auto", "Auto"),
     "vanilla": ("umtrain.memory.vanilla", "Vanilla"),
     "placement": ("umtrain.memory.placement", "Placement"),
     "vdnn": ("umtrain.memory.vdnn", "Vdnn"),
@@ -52,7 +53,12 @@ def create(name: str, **options: Any) -> "Strategy":
         )
     from umtrain.memory.options import Options
 
+    return create_from(name, Options.parse(**options))
+
+
+def create_from(name: str, options: "Options") -> "Strategy":
+    """Return the strategy called `name`, one of `STRATEGIES`, for options that were parsed."""
     module_name, class_name = _REGISTRY[name]
     strategy_class = getattr(import_module(module_name), class_name)
-    strategy: Strategy = strategy_class(Options.parse(**options))
+    strategy: Strategy = strategy_class(options)
     return strategy

@@ -8,8 +8,8 @@ Chen et al., "Training deep nets with sublinear memory cost" (2016).
 # on such copies, and the real ones are put back after it. Exact for any module.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import block_names, group_limit_bytes
+from umtrain.memory.options import Options
 from umtrain.memory.working_set import (
     LayerUse,
     WorkingSets,
@@ -36,21 +37,30 @@ class Checkpoint(Strategy):
     name: ClassVar[str] = "checkpoint"
 
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
-        blocks = {name: model.get_submodule(name) for name in sorted(block_names(model))}
-        if self.options.grouping == "equal":
-            measured = measure_working_sets(model, sample_batch)
-            limit_bytes = group_limit_bytes(measured, self.options)
-            for name, container in _sequentials_of(model, blocks):
-                runs = _unite(name, container, measured, limit_bytes)
-                self._replace_forward(container, partial(_run_in_turn, runs))
-                blocks = {n: b for n, b in blocks.items() if not n.startswith(f"{name}.")}
-        for block in blocks.values():
-            self._replace_forward(block, partial(_run_twice, [block], block.forward))
+        self._cleanup.enter_context(recomputing(model, sample_batch, self.options))
         return model
 
-    def _replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
-        self._cleanup.callback(delattr, module, "forward")
+
+@contextmanager
+def recomputing(model: nn.Module, sample_batch: Any, options: Options) -> Generator[None]:
+    """Run the groups of `model` a second time in backward, inside it."""
+    blocks = {name: model.get_submodule(name) for name in sorted(block_names(model))}
+    with ExitStack() as stack:
+        if options.grouping == "equal":
+            measured = measure_working_sets(model, sample_batch)
+            limit_bytes = group_limit_bytes(measured, options)
+            for name, container in _sequentials_of(model, blocks):
+                runs = _unite(name, container, measured, limit_bytes)
+                _replace_forward(stack, container, partial(_run_in_turn, runs))
+                blocks = {n: b for n, b in blocks.items() if not n.startswith(f"{name}.")}
+        for block in blocks.values():
+            _replace_forward(stack, block, partial(_run_twice, [block], block.forward))
+        yield
+
+
+def _replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = forward
+    stack.callback(delattr, module, "forward")
 
 
 def _sequentials_of(

@@ -15,7 +15,7 @@ from umtrain.memory.saved import Mover, SavedTensors
 from umtrain.memory.working_set import WorkingSets, measure_working_sets
 
 # A file is read and written by system calls; a GPU also records and waits for events.
-_SMALLEST_MOVED_BYTES = {"cpu": 64 * 1024, "cuda": 2**20}
+SMALLEST_MOVED_BYTES = {"cpu": 64 * 1024, "cuda": 2**20}
 
 
 class HookedStrategy(Strategy):
@@ -28,7 +28,7 @@ class HookedStrategy(Strategy):
     @property
     def smallest_bytes(self) -> int:
         """Return from what size on tensors are moved; smaller ones cost more than they free."""
-        return _SMALLEST_MOVED_BYTES[self.options.device]
+        return SMALLEST_MOVED_BYTES[self.options.device]
 
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         measured = measure_working_sets(model, sample_batch)

@@ -51,6 +51,32 @@ def allocate(n_bytes: int, device: torch.device) -> torch.Tensor:
     return room[lead : lead + n_bytes]
 
 
+def choose_strip_bytes(device: str, budget_bytes: int | None) -> int:
+    """Return the usual size of strips, or less where that would take much of the budget."""
+    if budget_bytes is None:
+        return STRIP_BYTES[device]
+    share = budget_bytes // _STRIPS_IN_BUDGET
+    return min(STRIP_BYTES[device], max(_LEAST_STRIP_BYTES[device], share))
+
+
+def maps_bytes(left_bytes: int, budget_bytes: int | None) -> int:
+    """Return what of the memory that is left is for maps, before all else that a step needs."""
+    if budget_bytes is None:
+        return int(_SHARE_OF_FREE * left_bytes)
+    return left_bytes - int(_SHARE_OF_FRAGMENTS * budget_bytes)
+
+
+def strips_bytes(device: str, strip_bytes: int) -> int:
+    """Return what strips take, and the kernels that are compiled for them."""
+    return _STRIPS_ALIVE[device] * strip_bytes + _COMPILED_BYTES[device]
+
+
+def other_bytes(held_bytes: int, gradient_bytes: int) -> int:
+    """Return the bytes of gradients and optimizer state to come, and of weights in bf16."""
+    states = (1 + _ADAM_STATES) * held_bytes - min(held_bytes, gradient_bytes)
+    return states + held_bytes // 2
+
+
 class Stream(Strategy):
     """Runs what it can of a network in strips of rows, and the rest whole."""
 
@@ -87,7 +113,9 @@ class Stream(Strategy):
 
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
         self._model = model
-        self._strip_bytes = self._choose_strip_bytes()
+        self._strip_bytes = choose_strip_bytes(
+            self.options.device, self.options.device_budget_bytes
+        )
         settings = Settings(
             self._arena_bytes, self._host, self._strip_bytes, self._report, allocate, self.links
         )
@@ -97,14 +125,6 @@ class Stream(Strategy):
         self._cleanup.callback(self._streamer.close)
         self._cleanup.callback(delattr, model, "forward")
         return model
-
-    def _choose_strip_bytes(self) -> int:
-        """Return the usual size, or less where that would take much of the budget."""
-        device, budget_bytes = self.options.device, self.options.device_budget_bytes
-        if budget_bytes is None:
-            return STRIP_BYTES[device]
-        share = budget_bytes // _STRIPS_IN_BUDGET
-        return min(STRIP_BYTES[device], max(_LEAST_STRIP_BYTES[device], share))
 
     def _report(self, share: float) -> None:
         self.on_progress(share)
@@ -132,23 +152,13 @@ class Stream(Strategy):
         if left_bytes is None:
             is_cuda = self.options.device == "cuda"
             left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else available_bytes()
-        budget_bytes = self.options.device_budget_bytes
-        if budget_bytes is None:
-            left_bytes = int(_SHARE_OF_FREE * left_bytes)
-        else:
-            left_bytes -= int(_SHARE_OF_FRAGMENTS * budget_bytes)
-        return left_bytes - self._other_bytes()
+        return maps_bytes(left_bytes, self.options.device_budget_bytes) - self._other_bytes()
 
     def _other_bytes(self) -> int:
         """Return the bytes of gradients, optimizer state, weights in bf16 and strips."""
-        held = model_bytes(self._model)
         gradients = sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
-        states = (1 + _ADAM_STATES) * held - min(held, gradients)
-        return states + held // 2 + self._strips_bytes()
-
-    def _strips_bytes(self) -> int:
-        device = self.options.device
-        return _STRIPS_ALIVE[device] * self._strip_bytes + _COMPILED_BYTES[device]
+        others = other_bytes(model_bytes(self._model), gradients)
+        return others + strips_bytes(self.options.device, self._strip_bytes)
 
     def _least_text(self, error: OutOfMemoryError) -> str:
         budget = self.options.device_budget_bytes or 0

@@ -16,7 +16,13 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from umtrain.errors import ConfigError
-from umtrain.memory.tensors import batch_arguments, model_bytes
+from umtrain.memory.tensors import (
+    batch_arguments,
+    fake_like,
+    fake_state,
+    model_bytes,
+    planned_device,
+)
 
 
 @dataclass
@@ -86,10 +92,11 @@ def measure_working_sets(model: nn.Module, sample_batch: Any) -> WorkingSets:
     run without data (its control flow depends on values).
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state: dict[str, torch.Tensor] = {}
-    state |= {name: mode.from_tensor(p) for name, p in model.named_parameters()}
-    state |= {name: mode.from_tensor(b) for name, b in model.named_buffers()}
-    arguments = tree_map_only(torch.Tensor, mode.from_tensor, batch_arguments(sample_batch))
+    device = planned_device(model)
+    state = fake_state(model, mode, device)
+    arguments = tree_map_only(
+        torch.Tensor, lambda x: fake_like(x, mode, device), batch_arguments(sample_batch)
+    )
     recorder = _Recorder(state.values())
     hooks = torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda saved: saved)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from umtrain.errors import ConfigError
-from umtrain.models import resnet, resunet35
+from umtrain.models import resnet, resnet3d, resunet35
 from umtrain.models.norm import NormLayer, norm_layer
 from umtrain.models.pretrained import load_pretrained
 
@@ -16,6 +16,7 @@ from umtrain.models.pretrained import load_pretrained
 class _Entry:
     build: Callable[[int, int, NormLayer, str | None], nn.Module]
     head: str
+    n_dims: int = 2
 
 
 def _resunet35(in_channels: int, n_outputs: int, norm: NormLayer, pool: str | None) -> nn.Module:
@@ -27,6 +28,8 @@ def _resunet35(in_channels: int, n_outputs: int, norm: NormLayer, pool: str | No
 _REGISTRY = {
     "resnet50": _Entry(resnet.resnet50, resnet.HEAD),
     "resnet101": _Entry(resnet.resnet101, resnet.HEAD),
+    "resnet18_3d": _Entry(resnet3d.resnet18_3d, resnet3d.HEAD, n_dims=3),
+    "resnet101_3d": _Entry(resnet3d.resnet101_3d, resnet3d.HEAD, n_dims=3),
     "resunet35": _Entry(_resunet35, resunet35.HEAD),
 }
 
@@ -42,7 +45,8 @@ def create(
 ) -> nn.Module:
     """Return the model `name`, in float32, on the CPU, in training mode.
 
-    `resnet50` and `resnet101` give (N, n_outputs) logits; `resunet35` gives (N, n_outputs, H/2,
+    `resnet50` and `resnet101` give (N, n_outputs) logits, and so do `resnet18_3d` and
+    `resnet101_3d`, of volumes (N, in_channels, D, H, W); `resunet35` gives (N, n_outputs, H/2,
     W/2) heatmaps. `norm` is "batch", "frozen" or "group" (see `umtrain.models.norm`), `pool` the
     global pooling of a classifier, "avg", "max" or "avgmax" (None: the model's own), `pretrained`
     a file of weights (see `umtrain.models.pretrained`).
@@ -52,7 +56,7 @@ def create(
     if name not in _REGISTRY:
         raise ConfigError(f"model={name} is unknown; choose one of {', '.join(_REGISTRY)}")
     entry = _REGISTRY[name]
-    model = entry.build(in_channels, n_outputs, norm_layer(norm), pool)
+    model = entry.build(in_channels, n_outputs, norm_layer(norm, entry.n_dims), pool)
     if pretrained is not None:
         load_pretrained(model, pretrained, entry.head)
     return model

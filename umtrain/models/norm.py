@@ -15,13 +15,13 @@ Three ways to make training and evaluation agree, chosen by `model.norm`:
   should ask for `set_eval_statistics(model, "image")`: each image is then normalised with its own
   statistics, by the same kernel as in training. It needs no pretrained weights, adds no cost, and
   checkpoints stay those of ordinary batch normalisation. At larger batches use "running".
-- `frozen`: `FrozenBatchNorm2d`. The running statistics of pretrained weights, in both modes.
+- `frozen`: `FrozenNorm`. The running statistics of pretrained weights, in both modes.
 - `group`: `torch.nn.GroupNorm`, which never looks beyond one image (Wu & He, "Group
   Normalization", ECCV 2018).
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,13 @@ NormLayer = Callable[[int], nn.Module]
 _MAX_GROUPS = 32
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class _OwnStatistics(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation whose evaluation can use each image's own statistics.
 
-    Input and output (N, C, H, W), any float dtype. In training it is `torch.nn.BatchNorm2d`, and
-    always updates the running statistics; its state dict is the same too. `eval_statistics` acts
-    in evaluation only: "running" is the stock behaviour; "image" normalises every image by itself,
-    so that a result does not depend on what else is in the batch, and at batch size 1 equals what
-    training computes. See Note: [Batch size 1].
+    In training it is torch's, and always updates the running statistics; its state dict is the
+    same too. `eval_statistics` acts in evaluation only: "running" is the stock behaviour; "image"
+    normalises every image by itself, so that a result does not depend on what else is in the
+    batch, and at batch size 1 equals what training computes. See Note: [Batch size 1].
 
     Ioffe & Szegedy, "Batch Normalization", ICML 2015.
     """
@@ -58,7 +57,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             return joint_batch_norm(self, x, self.exchange)
         if self.training or self.eval_statistics == "running":
             return super().forward(x)
-        self._check_input_dim(x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
         if len(x) == 1:
             return self._normalise_image(x)
         return torch.cat([self._normalise_image(image) for image in torch.split(x, 1)])
@@ -69,23 +68,38 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
-class FrozenBatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(_OwnStatistics, nn.BatchNorm2d):
+    """See `_OwnStatistics`. Input and output (N, C, H, W), any float dtype."""
+
+
+class BatchNorm3d(_OwnStatistics, nn.BatchNorm3d):
+    """See `_OwnStatistics`. Input and output (N, C, D, H, W), any float dtype."""
+
+
+class FrozenNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation that stays in evaluation mode: statistics fixed, weight and bias trained.
 
-    Input and output (N, C, H, W). For pretrained weights, whose running statistics it keeps. The
-    affine parameters do train: fixed statistics make them an ordinary per-channel scale and shift,
-    which is what adapts a pretrained network to another stain or exposure. The state dict is that
-    of `torch.nn.BatchNorm2d`.
+    For pretrained weights, whose running statistics it keeps. The affine parameters do train:
+    fixed statistics make them an ordinary per-channel scale and shift, which is what adapts a
+    pretrained network to another stain or exposure. The state dict is that of torch's.
     """
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
         self.eval()
 
-    def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
+    def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever `mode` is."""
         super().train(False)
         return self
+
+
+class FrozenBatchNorm2d(FrozenNorm, nn.BatchNorm2d):
+    """See `FrozenNorm`. Input and output (N, C, H, W)."""
+
+
+class FrozenBatchNorm3d(FrozenNorm, nn.BatchNorm3d):
+    """See `FrozenNorm`. Input and output (N, C, D, H, W)."""
 
 
 def group_norm(num_features: int) -> nn.GroupNorm:
@@ -98,25 +112,27 @@ def group_norm(num_features: int) -> nn.GroupNorm:
     return nn.GroupNorm(n_groups, num_features)
 
 
-_NORM_LAYERS: dict[str, NormLayer] = {
-    "batch": BatchNorm2d,
-    "frozen": FrozenBatchNorm2d,
-    "group": group_norm,
+_NORM_LAYERS: dict[str, dict[int, NormLayer]] = {
+    "batch": {2: BatchNorm2d, 3: BatchNorm3d},
+    "frozen": {2: FrozenBatchNorm2d, 3: FrozenBatchNorm3d},
+    "group": {2: group_norm, 3: group_norm},
 }
 
 
-def norm_layer(name: str) -> NormLayer:
+def norm_layer(name: str, n_dims: int = 2) -> NormLayer:
     """Return the factory, from a number of channels to a layer, that `model.norm=name` stands for.
+
+    The layer is for feature maps of `n_dims` dimensions: 2 for images, 3 for volumes.
 
     Raises ConfigError, listing the options, if there is none.
     """
     if name not in _NORM_LAYERS:
         raise ConfigError(f"model.norm={name} is unknown; choose one of {', '.join(_NORM_LAYERS)}")
-    return _NORM_LAYERS[name]
+    return _NORM_LAYERS[name][n_dims]
 
 
 def set_eval_statistics(model: nn.Module, statistics: EvalStatistics) -> None:
-    """Make every `BatchNorm2d` of `model` evaluate with "running" or with "image" statistics.
+    """Make every batch normalisation of `model` evaluate with "running" or with "image" statistics.
 
     Frozen and group normalisation have no such choice and are left as they are. The choice is not
     part of the state dict: set it again after building a model for a checkpoint.
@@ -129,15 +145,15 @@ def set_eval_statistics(model: nn.Module, statistics: EvalStatistics) -> None:
             f"evaluation statistics {statistics!r} are unknown; choose one of {', '.join(options)}"
         )
     for module in model.modules():
-        if isinstance(module, BatchNorm2d):
+        if isinstance(module, _OwnStatistics):
             module.eval_statistics = statistics
 
 
 def join_statistics(model: nn.Module, exchange: Exchange | None) -> None:
-    """Make every `BatchNorm2d` of `model` train on the statistics of all ranks; None: on its own.
+    """Make every batch normalisation of `model` train on all ranks' statistics; None: its own.
 
     Like `set_eval_statistics`, it is no part of the state dict.
     """
     for module in model.modules():
-        if isinstance(module, BatchNorm2d):
+        if isinstance(module, _OwnStatistics):
             module.exchange = exchange

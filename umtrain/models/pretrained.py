@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from umtrain.errors import ConfigError
-from umtrain.models.norm import FrozenBatchNorm2d
+from umtrain.models.norm import FrozenNorm
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _adapted(tensor: Tensor, expected: Tensor, key: str, path: Path) -> Tensor:
     if tensor.shape == expected.shape:
         return tensor
     same_but_channels = (
-        tensor.ndim == expected.ndim == 4
+        tensor.ndim == expected.ndim >= 4
         and tensor.shape[0] == expected.shape[0]
         and tensor.shape[2:] == expected.shape[2:]
     )
@@ -138,7 +138,7 @@ def _adapted(tensor: Tensor, expected: Tensor, key: str, path: Path) -> Tensor:
 
 def _check_frozen_statistics(model: nn.Module, usable: Mapping[str, Tensor], path: Path) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, FrozenBatchNorm2d) and f"{name}.running_mean" not in usable:
+        if isinstance(module, FrozenNorm) and f"{name}.running_mean" not in usable:
             raise ConfigError(
                 f"model.pretrained={path} has no running statistics for {name}, which "
                 "model.norm=frozen needs; choose weights trained with batch normalisation, or "

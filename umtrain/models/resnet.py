@@ -19,13 +19,20 @@ FIRST_FEATURE_PX = 0.5
 _DEFAULT_POOL = "avgmax"
 
 
-class AverageAndMax(nn.Module):
-    """Half the global average and half the global maximum: (N, C, H, W) to (N, C, 1, 1)."""
+_AVERAGE: dict[int, type[nn.Module]] = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+_MAXIMUM: dict[int, type[nn.Module]] = {2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}
 
-    def __init__(self) -> None:
+
+class AverageAndMax(nn.Module):
+    """Half the global average and half the global maximum: (N, C, H, W) to (N, C, 1, 1).
+
+    With `n_dims` 3 of volumes, (N, C, D, H, W) to (N, C, 1, 1, 1).
+    """
+
+    def __init__(self, n_dims: int = 2) -> None:
         super().__init__()
-        self.average = nn.AdaptiveAvgPool2d(1)
-        self.maximum = nn.AdaptiveMaxPool2d(1)
+        self.average = _AVERAGE[n_dims](1)
+        self.maximum = _MAXIMUM[n_dims](1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean of both."""
@@ -33,11 +40,22 @@ class AverageAndMax(nn.Module):
         return pooled
 
 
-_POOLS: dict[str, Callable[[], nn.Module]] = {
-    "avg": lambda: nn.AdaptiveAvgPool2d(1),
-    "max": lambda: nn.AdaptiveMaxPool2d(1),
+_POOLS: dict[str, Callable[[int], nn.Module]] = {
+    "avg": lambda n_dims: _AVERAGE[n_dims](1),
+    "max": lambda n_dims: _MAXIMUM[n_dims](1),
     "avgmax": AverageAndMax,
 }
+
+
+def create_pool(name: str | None, n_dims: int = 2) -> nn.Module:
+    """Return the global pooling that `model.pool=name` stands for, "avgmax" if None.
+
+    Raises ConfigError for an unknown name.
+    """
+    name = _DEFAULT_POOL if name is None else name
+    if name not in _POOLS:
+        raise ConfigError(f"model.pool={name} is unknown; choose one of {', '.join(_POOLS)}")
+    return _POOLS[name](n_dims)
 
 
 def resnet50(
@@ -86,9 +104,6 @@ def split_classifier(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def _resnet(
     n_blocks: Sequence[int], in_channels: int, n_outputs: int, norm: NormLayer, pool: str | None
 ) -> nn.Module:
-    pool = _DEFAULT_POOL if pool is None else pool
-    if pool not in _POOLS:
-        raise ConfigError(f"model.pool={pool} is unknown; choose one of {', '.join(_POOLS)}")
     model: nn.Module = ResNet(
         Bottleneck,
         list(n_blocks),
@@ -100,5 +115,5 @@ def _resnet(
         model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     # torchvision's forward calls the pooling by this name, whichever it is.
-    model.avgpool = _POOLS[pool]()
+    model.avgpool = create_pool(pool)
     return model

@@ -94,7 +94,7 @@ def _tests_table(comparison: Comparison) -> TextTable:
     caption = (
         "Paired tests on the same radiographs: interval by bootstrap, p by Wilcoxon's signed ranks"
         if spine
-        else "Paired tests on the same slides, by DeLong's method"
+        else f"Paired tests on the same {image_name(comparison['dataset'])}s, by DeLong's method"
     )
     name = "difference of errors, mm (95% CI)" if spine else "difference of AUC (95% CI)"
     return TextTable(caption, rows, ("", name, "p", "what it shows"))
@@ -153,7 +153,11 @@ def _images_table(comparison: Comparison) -> TextTable:
             )
             for image in comparison["images"]
         ]
-        columns = ("slide", "truth", *(f"probability by {x}" for x in letters))
+        columns = (
+            image_name(comparison["dataset"]),
+            "truth",
+            *(f"probability by {x}" for x in letters),
+        )
     name = image_name(comparison["dataset"])
     return TextTable(f"Every {name}, those first on which the runs differ most", rows, columns)
 

@@ -44,7 +44,7 @@ def quality_tables(record: Record) -> list[TextTable]:
     splits = [split for split in ("test", "val") if record[split]]
     if not splits:
         return []
-    tellers = _SPINE if record["dataset"] == "spine" else _SLIDES
+    tellers = _TELLERS[record["dataset"]]
     rows: list[tuple[Cell, ...]] = [
         (name, *(_told(tell, record[split]) for split in splits)) for name, tell in tellers.items()
     ]
@@ -79,7 +79,7 @@ def _counts(one: str, other: str) -> _Teller:
     return lambda section: f"{section['confusion'][one]} / {section['confusion'][other]}"
 
 
-def _slides_counted(section: Section) -> str:
+def _by_class(section: Section) -> str:
     if section.get("n_pos") is None:
         return str(section["n"])
     return f"{section['n']} ({section['n_pos']} positive, {section['n_neg']} negative)"
@@ -99,8 +99,7 @@ _COMMON: dict[str, _Teller] = {
     "Loss": lambda section: number(section["loss"], 4),
     "Precision, device": lambda section: f"{section['precision']}, {section['device']}",
 }
-_SLIDES: dict[str, _Teller] = {
-    "Slides": _slides_counted,
+_CLASSIFIED: dict[str, _Teller] = {
     "Patients": lambda section: str(section["n_patients"]),
     "AUC": _with_interval("auc", 3),
     "Method of its interval": lambda section: str(section["auc_ci_method"]),
@@ -128,6 +127,11 @@ _SPINE: dict[str, _Teller] = {
     "S1 distance, mean, median, mm": _mean_and_median("s1_radial_mm"),
     **_COMMON,
 }
+_TELLERS: dict[str, dict[str, _Teller]] = {
+    "wsi": {"Slides": _by_class, **_CLASSIFIED},
+    "ct": {"Volumes": _by_class, **_CLASSIFIED},
+    "spine": _SPINE,
+}
 
 
 def _success_table(record: Record, split: str) -> TextTable:
@@ -154,7 +158,12 @@ def data_tables(record: Record, spacing_mm: tuple[float, float] | None) -> list[
         ("SHA-256 of the manifest", str(data.get("manifest_sha256") or NOTHING)),
         ("Patients in two splits", "none: such a manifest is refused"),
     ]
-    named = {"positive": "Positive label", "n_facing_unstated": "Side faced not stated (as right)"}
+    named = {
+        "positive": "Positive label",
+        "n_facing_unstated": "Side faced not stated (as right)",
+        "grid": "Grid of the network",
+        "window": "Window, where a volume has none of its own",
+    }
     facts += [(name, str(data[key])) for key, name in named.items() if key in data]
     facts += [(name, _range(data[key])) for key, name in _SCALES.items() if data.get(key)]
     if spacing_mm is not None:

@@ -1,4 +1,4 @@
-"""Pictures of how well slides were classified: curves, probabilities, calibration, confusion."""
+"""Pictures of how well images were classified: curves, probabilities, calibration, confusion."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,15 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from umtrain.report.canvas import BLUE, GREY, ORANGE, Absent, Panel, Picture, drawing
 from umtrain.report.reasons import why_absent
 from umtrain.report.record import Record, figure
-from umtrain.report.wording import SPLIT_NAMES, estimate, images, interval, number, percent
+from umtrain.report.wording import (
+    SPLIT_NAMES,
+    estimate,
+    image_name,
+    images,
+    interval,
+    number,
+    percent,
+)
 
 Row = dict[str, Any]
 _INK = "#1d2530"
@@ -21,11 +29,12 @@ def classification_plots(run_dir: Path, record: Record, rows: list[Row], split: 
     """Draw what the record and the predictions of `split` have; say what is missing, and why."""
     section = record[split] or {}
     positive = str(record["data"].get("positive") or "")
+    dataset = str(record["dataset"])
     return [
         _roc(run_dir, section, rows, split),
-        _precision_recall(run_dir, section, rows, split),
-        _probabilities(run_dir, section, rows, split, positive),
-        _calibration(run_dir, section, rows, split),
+        _precision_recall(run_dir, section, rows, split, f"{image_name(dataset)}s"),
+        _probabilities(run_dir, section, rows, split, positive, dataset),
+        _calibration(run_dir, section, rows, split, f"{image_name(dataset)}s"),
         _confusion(run_dir, section, split, positive),
     ]
 
@@ -65,7 +74,9 @@ def _roc(run_dir: Path, section: dict[str, Any], rows: list[Row], split: str) ->
     )
 
 
-def _precision_recall(run_dir: Path, section: dict[str, Any], rows: list[Row], split: str) -> Panel:
+def _precision_recall(
+    run_dir: Path, section: dict[str, Any], rows: list[Row], split: str, noun: str
+) -> Panel:
     title = f"Precision and recall, {SPLIT_NAMES[split]}"
     if section.get("auc") is None:
         return Absent(title, why_absent(section, "auc", split))
@@ -87,8 +98,8 @@ def _precision_recall(run_dir: Path, section: dict[str, Any], rows: list[Row], s
         path,
         title,
         f"Precision against recall; average precision {average}",
-        f"Average precision {average}. Of the slides that the model calls positive, precision is "
-        f"the share that are; chance is the share of positive slides, "
+        f"Average precision {average}. Of the {noun} that the model calls positive, precision is "
+        f"the share that are; chance is the share of positive {noun}, "
         f"{number(curve['prevalence'])}. {_band_words(curve, section, split)}",
     )
 
@@ -110,7 +121,12 @@ def _square() -> dict[str, Any]:
 
 
 def _probabilities(
-    run_dir: Path, section: dict[str, Any], rows: list[Row], split: str, positive: str
+    run_dir: Path,
+    section: dict[str, Any],
+    rows: list[Row],
+    split: str,
+    positive: str,
+    dataset: str,
 ) -> Panel:
     path = run_dir / f"probabilities_{split}.png"
     threshold = section.get("threshold")
@@ -131,7 +147,7 @@ def _probabilities(
         axes.set(
             xticks=[0, 1], xlim=(-0.5, 1.5), ylim=(-0.03, 1.03), ylabel="probability of positive"
         )
-        counts = [f"{names[i]}\n{images('wsi', labels.count(i))}" for i in (0, 1)]
+        counts = [f"{names[i]}\n{images(dataset, labels.count(i))}" for i in (0, 1)]
         axes.set_xticklabels(counts)
         axes.grid(axis="x", visible=False)
     line = (
@@ -141,13 +157,15 @@ def _probabilities(
     )
     return Picture(
         path,
-        f"Probability of each slide, {SPLIT_NAMES[split]}",
-        f"Predicted probability of {len(rows)} slides, by true class",
+        f"Probability of each {image_name(dataset)}, {SPLIT_NAMES[split]}",
+        f"Predicted probability of {images(dataset, len(rows))}, by true class",
         f"A good model has the left column low and the right one high. {line}",
     )
 
 
-def _calibration(run_dir: Path, section: dict[str, Any], rows: list[Row], split: str) -> Panel:
+def _calibration(
+    run_dir: Path, section: dict[str, Any], rows: list[Row], split: str, noun: str
+) -> Panel:
     title = f"Calibration, {SPLIT_NAMES[split]}"
     bins = section.get("calibration")
     if not bins:
@@ -156,16 +174,16 @@ def _calibration(run_dir: Path, section: dict[str, Any], rows: list[Row], split:
     with drawing(path) as canvas:
         top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         _reliability(top, bins)
-        _histogram(bottom, rows)
+        _histogram(bottom, rows, noun)
     brier = section.get("brier")
     score = f" Brier score {number(brier, 3)} (0 is perfect)." if brier is not None else ""
     return Picture(
         path,
         title,
-        f"Share of positive slides against predicted probability in {len(bins)} groups",
-        "Points on the dotted line: of the slides given a probability of 0.8, 80% are positive. "
+        f"Share of positive {noun} against predicted probability in {len(bins)} groups",
+        f"Points on the dotted line: of the {noun} given a probability of 0.8, 80% are positive. "
         f"Below it the model is too sure of positives. Bars are 95% intervals, numbers count the "
-        f"slides of each point.{score} Below: how often each probability was given.",
+        f"{noun} of each point.{score} Below: how often each probability was given.",
     )
 
 
@@ -182,14 +200,14 @@ def _reliability(axes: Axes, bins: list[dict[str, Any]]) -> None:
     axes.set(ylabel="share positive", xlim=(-0.02, 1.05), ylim=(-0.04, 1.06))
 
 
-def _histogram(axes: Axes, rows: list[Row]) -> None:
+def _histogram(axes: Axes, rows: list[Row], noun: str) -> None:
     labels, probs = labels_and_probs(rows)
     parts = [[p for p, own in zip(probs, labels, strict=True) if own == i] for i in (0, 1)]
     edges = [i / _N_BINS for i in range(_N_BINS + 1)]
     axes.hist(parts, bins=edges, stacked=True, color=[BLUE, ORANGE], label=["negative", "positive"])
     axes.legend(fontsize=8, ncols=2, loc="upper center", borderpad=0.1)
     low, high = axes.get_ylim()
-    axes.set(xlabel="predicted probability of positive", ylabel="slides", ylim=(low, high * 1.35))
+    axes.set(xlabel="predicted probability of positive", ylabel=noun, ylim=(low, high * 1.35))
 
 
 def _confusion(run_dir: Path, section: dict[str, Any], split: str, positive: str) -> Panel:

@@ -11,7 +11,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from umtrain.report.canvas import BLUE, COLOURS, GREY, ORANGE, Absent, Panel, Picture, drawing
 from umtrain.report.plots_keypoints import cumulative
-from umtrain.report.wording import estimate
+from umtrain.report.wording import estimate, image_name, images
 
 Comparison = dict[str, Any]
 Floats = NDArray[np.float64]
@@ -81,6 +81,7 @@ def _curves(folder: Path, comparison: Comparison, curve: _Curve, area: str) -> P
     if len(set(labels)) < 2:
         return Absent(curve.title, "the images that the runs share are all of one class")
     prevalence = sum(labels) / len(labels)
+    counted = images(comparison["dataset"], len(labels))
     path = folder / curve.file
     with drawing(path) as canvas:
         axes = canvas.subplots()
@@ -98,14 +99,15 @@ def _curves(folder: Path, comparison: Comparison, curve: _Curve, area: str) -> P
         path,
         curve.title,
         f"{curve.title} of {len(comparison['runs'])} runs",
-        f"All runs on the same {len(labels)} slides; nearer the {curve.best_corner} corner is "
+        f"All runs on the same {counted}; nearer the {curve.best_corner} corner is "
         "better, dotted is chance. Curves that cross or lie close are told apart by the paired "
         "test below, not by eye.",
     )
 
 
 def _probability_pairs(folder: Path, comparison: Comparison) -> list[Panel]:
-    images, runs = comparison["images"], comparison["runs"]
+    shared, runs = comparison["images"], comparison["runs"]
+    noun = image_name(comparison["dataset"])
     panels: list[Panel] = []
     for i, run in enumerate(runs[1:], 1):
         path = folder / f"pairs_{run['run']}.png"
@@ -116,7 +118,7 @@ def _probability_pairs(folder: Path, comparison: Comparison) -> list[Panel]:
                 (0, "negative", BLUE, "o"),
                 (1, "positive", ORANGE, "^"),
             ):
-                own = [image["probs"] for image in images if image["label"] == label]
+                own = [image["probs"] for image in shared if image["label"] == label]
                 x, y = [probs[0] for probs in own], [probs[i] for probs in own]
                 axes.scatter(x, y, color=colour, marker=marker, alpha=0.7, s=28, label=name)
             axes.legend()
@@ -127,10 +129,10 @@ def _probability_pairs(folder: Path, comparison: Comparison) -> list[Panel]:
         panels.append(
             Picture(
                 path,
-                f"{run['run']} against {runs[0]['run']}, slide by slide",
-                f"Probability of each slide by {run['run']} against that by {runs[0]['run']}",
-                "Dots far from the dotted line are slides on which the two disagree. A triangle "
-                f"above the line, or a circle below it, is a slide that {run['run']} sees better.",
+                f"{run['run']} against {runs[0]['run']}, {noun} by {noun}",
+                f"Probability of each {noun} by {run['run']} against that by {runs[0]['run']}",
+                f"Dots far from the dotted line are {noun}s on which the two disagree. A triangle "
+                f"above the line, or a circle below it, is a {noun} that {run['run']} sees better.",
             )
         )
     return panels

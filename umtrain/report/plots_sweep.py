@@ -27,15 +27,17 @@ class _View:
     logarithmic: bool = False
 
 
+_AUC = _View(
+    "auc",
+    "test AUC",
+    "test.auc",
+    "Higher is better; 0.5 is chance. Bars are 95% confidence intervals: where they overlap "
+    "widely, the sweep does not settle which setting is better.",
+    interval_key="test.auc_ci",
+)
 _QUALITY = {
-    "wsi": _View(
-        "auc",
-        "test AUC",
-        "test.auc",
-        "Higher is better; 0.5 is chance. Bars are 95% confidence intervals: where they overlap "
-        "widely, the sweep does not settle which setting is better.",
-        interval_key="test.auc_ci",
-    ),
+    "wsi": _AUC,
+    "ct": _AUC,
     "spine": _View(
         "mae_mm",
         "test SVA error, mm",

@@ -4,11 +4,13 @@ from typing import Any
 
 from umtrain.report.record import Record
 
+_CLASSIFICATION_KEYS = (
+    *("auc", "average_precision", "accuracy", "threshold", "sensitivity", "specificity"),
+    *("confusion", "brier", "calibration", "curves", "cases"),
+)
 SECTION_KEYS = {
-    "wsi": (
-        *("auc", "average_precision", "accuracy", "threshold", "sensitivity", "specificity"),
-        *("confusion", "brier", "calibration", "curves", "cases"),
-    ),
+    "wsi": _CLASSIFICATION_KEYS,
+    "ct": _CLASSIFICATION_KEYS,
     "spine": (
         *("mae_mm", "mae_ci_mm", "median_ae_mm", "c7_radial_mm", "s1_radial_mm"),
         *("bland_altman", "icc", "success", "cases"),

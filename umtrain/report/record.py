@@ -21,7 +21,7 @@ _KEYS = (
     *("started_at_s", "dataset", "model", "res", "memory", "precision", "device", "seed"),
     *("throughput", "memory_use", "train", "val", "test", "environment", "data", "reasons"),
 )
-_PACKAGES = ("torch", "torchvision", "hydra-core", "openslide-python", "pydicom", "numpy")
+_PACKAGES = ("torch", "torchvision", "hydra-core", "openslide-python", "pydicom", "numpy", "monai")
 
 Record = dict[str, Any]
 

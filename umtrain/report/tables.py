@@ -28,7 +28,7 @@ def quality(record: Record, split: str = "test") -> str:
 
 def quality_name(dataset: str) -> str:
     """Return the words over the headline column of `dataset`."""
-    return "AUC (95% CI)" if dataset == "wsi" else "SVA MAE, mm (95% CI)"
+    return "SVA MAE, mm (95% CI)" if dataset == "spine" else "AUC (95% CI)"
 
 
 def run_table(record: Record) -> Table:

@@ -17,7 +17,11 @@ from umtrain.report.wording import (
 
 _WITHIN_MM = "3"
 _ALPHA = 0.05
-_HEADLINES = {"wsi": ("auc", "AUC", ""), "spine": ("mae_mm", "mean SVA error", " mm")}
+_HEADLINES = {
+    "wsi": ("auc", "AUC", ""),
+    "ct": ("auc", "AUC", ""),
+    "spine": ("mae_mm", "mean SVA error", " mm"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def run_verdict(record: Record) -> Verdict:
     if split is None:
         return Verdict("Trained; the manifest has no validation or test images.")
     section = record[split]
-    tell = _spine if record["dataset"] == "spine" else _slides
+    tell = _spine if record["dataset"] == "spine" else _classified
     found, cautions = tell(section, split)
     on = f"On {images(record['dataset'], section['n'], SPLIT_NAMES[split])}: "
     if split == "val":
@@ -50,7 +54,7 @@ def evaluated_split(record: Record) -> str | None:
     return next((split for split in ("test", "val") if record[split]), None)
 
 
-def _slides(section: dict[str, Any], split: str) -> tuple[str, list[str]]:
+def _classified(section: dict[str, Any], split: str) -> tuple[str, list[str]]:
     if section.get("auc") is None:
         return f"no AUC ({why_absent(section, 'auc', split)})", []
     found = f"AUC {_auc(section)}"

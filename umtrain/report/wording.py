@@ -5,7 +5,7 @@ from collections.abc import Sequence
 NOTHING = "–"
 _MINUS = "−"
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
-_IMAGE_NAMES = {"wsi": "slide", "spine": "radiograph"}
+_IMAGE_NAMES = {"wsi": "slide", "spine": "radiograph", "ct": "volume"}
 
 
 def number(value: float | None, digits: int = 2) -> str:

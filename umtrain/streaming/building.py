@@ -4,12 +4,14 @@ What an operation with neighbours or a normalisation reads from, and what is rea
 places and costs more than a pass to make, is a map. The rest are expressions.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from umtrain.errors import ConfigError
 from umtrain.streaming import tracing
 from umtrain.streaming.operations import (
     AveragePooling,
@@ -33,10 +35,23 @@ from umtrain.streaming.program import (
     Term,
 )
 from umtrain.streaming.rows import Enlargement, Window
-from umtrain.streaming.tracing import as_module, pair
+from umtrain.streaming.tracing import (
+    AveragePools,
+    BatchNorms,
+    Convolutions,
+    GlobalAverages,
+    GlobalMaxima,
+    InstanceNorms,
+    MaxPools,
+    as_module,
+    sizes,
+)
+from umtrain.streaming.volumes import InPlanes, plane_of
+
+_N_DIMS = (4, 5)  # of a feature map: images, volumes
 
 
-class UnstreamableError(Exception):
+class UnstreamableError(ConfigError):
     """A part of a network holds something that only its shapes show to be unstreamable."""
 
 
@@ -55,7 +70,7 @@ class _Shapes(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         is_measured = module.training or getattr(module, "running_mean", None) is None
-        if not (isinstance(module, nn.BatchNorm2d) and is_measured):
+        if not (isinstance(module, BatchNorms) and is_measured):
             return super().call_module(target, args, kwargs)
         return nn.functional.batch_norm(
             args[0], None, None, module.weight, module.bias, training=True
@@ -87,7 +102,11 @@ class _Builder:
 
     def _input(self, node: fx.Node) -> Expression:
         value = node.meta["val"]
-        if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
+        if (
+            not isinstance(value, Tensor)
+            or value.ndim not in _N_DIMS
+            or not value.is_floating_point()
+        ):
             raise UnstreamableError(f"{node.name} is no feature map")
         index = self._new_map(node)
         self._program.inputs.append(index)
@@ -95,11 +114,11 @@ class _Builder:
 
     def _new_map(self, node: fx.Node, dtype: torch.dtype | None = None) -> int:
         value = node.meta["val"]
-        shape = tuple(value.shape)
-        if len(shape) != 4:
-            raise UnstreamableError(f"{node.name} has shape {shape}")
+        if value.ndim not in _N_DIMS:
+            raise UnstreamableError(f"{node.name} has shape {tuple(value.shape)}")
         maps = self._program.maps
-        maps.append(Map(len(maps), node.name, shape, dtype or value.dtype))
+        shape, plane = _folded_shape(value), plane_of(value)
+        maps.append(Map(len(maps), node.name, shape, dtype or value.dtype, plane))
         return len(maps) - 1
 
     def _plain(self, index: int) -> Blend:
@@ -116,10 +135,10 @@ class _Builder:
 
     def _node(self, node: fx.Node) -> None:
         module = as_module(node, self._modules)
-        if isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
+        if isinstance(module, GlobalAverages | GlobalMaxima):
             self._pool_globally(node, module)
             return
-        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d):
+        if isinstance(module, BatchNorms | nn.GroupNorm | InstanceNorms):
             value: Expression = self._normalise(node, module)
         elif isinstance(module, nn.Dropout):
             value = self._drop(node, module)
@@ -182,24 +201,22 @@ class _Builder:
 
     def _shape_of(self, node: fx.Node, operation: Operation | None) -> tuple[int, int, int, int]:
         value = node.meta["val"] if operation is None else node.all_input_nodes[0].meta["val"]
-        n_images, channels, rows, columns = value.shape
-        return n_images, channels, rows, columns
+        return _folded_shape(value)
 
     def _operate(self, node: fx.Node, module: nn.Module, operation: Operation) -> int:
         source = self._argument(node, 0)
         index = self._new_map(node)
-        learned = module if isinstance(module, nn.Conv2d) else None
+        learned = module if isinstance(module, Convolutions) else None
         self._add_segment(node, source, operation, index, module=learned)
         return index
 
     def _pool_globally(self, node: fx.Node, module: nn.Module) -> None:
-        kind = "avg" if isinstance(module, nn.AdaptiveAvgPool2d) else "max"
+        kind = "avg" if isinstance(module, GlobalAverages) else "max"
         value = node.meta["val"]
         index = len(self._program.pooled)
         self._program.pooled.append((tuple(value.shape), value.dtype))
         source = self._argument(node, 0)
-        rows, columns = node.all_input_nodes[0].meta["val"].shape[2:]
-        operation = GlobalPooling(kind, rows * columns)
+        operation = GlobalPooling(kind, math.prod(node.all_input_nodes[0].meta["val"].shape[2:]))
         self._add_segment(node, source, operation, None, pooled=index)
         self._pooled[node] = index
 
@@ -209,10 +226,10 @@ class _Builder:
         is_updating = False
         if isinstance(module, nn.GroupNorm):
             groups, domain = module.num_groups, "group"
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, BatchNorms):
             domain = _batch_domain(module)
             is_updating = module.training and module.track_running_stats
-        elif isinstance(module, nn.InstanceNorm2d) and module.track_running_stats:
+        elif isinstance(module, InstanceNorms) and module.track_running_stats:
             raise UnstreamableError(f"{node.name} tracks running statistics per image")
         norms = self._program.norms
         eps = float(getattr(module, "eps", 1e-5))
@@ -235,7 +252,13 @@ class _Builder:
         listed = node.kwargs.get("tensors", node.args[0] if node.args else ())
         if list(node.all_input_nodes) != list(cast(Sequence[fx.Node], listed)):
             raise UnstreamableError(f"{node.name} concatenates a value with itself")
-        return Concat(parts, node.meta["val"].dtype)
+        value = node.meta["val"]
+        if sum(part.meta["val"].shape[1] for part in node.all_input_nodes) != value.shape[1]:
+            raise UnstreamableError(
+                f"memory=stream: {node.name} concatenates along another dimension than the "
+                "channels, which is not streamed; use another memory strategy"
+            )
+        return Concat(parts, value.dtype)
 
     def _pointwise(self, node: fx.Node, module: nn.Module | None) -> Expression:
         self._check_shapes(node)
@@ -295,29 +318,49 @@ def _is_addition(node: fx.Node) -> bool:
     return named and len(node.args) == 2 and not node.kwargs
 
 
-def _batch_domain(module: nn.BatchNorm2d) -> str:
+def _batch_domain(module: BatchNorms) -> str:
     if module.training or module.running_mean is None:
         return "batch"
     return "image" if getattr(module, "eval_statistics", "running") == "image" else "fixed"
 
 
+def _folded_shape(value: Tensor) -> tuple[int, int, int, int]:
+    """Return the shape that the engine holds a map in. See Note: [Slices as rows]."""
+    n_images, channels, rows, *rest = value.shape
+    return n_images, channels, rows, math.prod(rest)
+
+
 def _operation(node: fx.Node, module: nn.Module) -> Operation | None:
-    if isinstance(module, nn.Conv2d):
+    operation = _sliding(node, module)
+    source = node.all_input_nodes[0].meta["val"]
+    plane, out_plane = plane_of(source), plane_of(node.meta["val"])
+    if operation is None or plane is None or out_plane is None:
+        return operation
+    if isinstance(operation, Upsampling):
+        raise UnstreamableError(
+            f"memory=stream: {node.name} enlarges a volume, which is not streamed; use another "
+            "memory strategy"
+        )
+    return InPlanes(operation, plane, out_plane)
+
+
+def _sliding(node: fx.Node, module: nn.Module) -> Operation | None:
+    if isinstance(module, Convolutions):
         padding = _convolution_padding(module)
-        strides, dilation = pair(module.stride), pair(module.dilation)
-        kernel = pair(module.kernel_size)
+        strides, dilation = sizes(module.stride, module), sizes(module.dilation, module)
+        kernel = sizes(module.kernel_size, module)
         window = Window(kernel[0], strides[0], padding[0], dilation[0])
         return Convolution(window, strides, padding, dilation, module.groups)
-    if isinstance(module, nn.MaxPool2d):
+    if isinstance(module, MaxPools):
         kernel, padding, dilation = (
-            pair(x) for x in (module.kernel_size, module.padding, module.dilation)
+            sizes(x, module) for x in (module.kernel_size, module.padding, module.dilation)
         )
-        strides = kernel if module.stride is None else pair(module.stride)
+        strides = kernel if module.stride is None else sizes(module.stride, module)
         window = Window(kernel[0], strides[0], padding[0], dilation[0])
         return MaxPooling(window, kernel, strides, padding, dilation, module.ceil_mode)
-    if isinstance(module, nn.AvgPool2d):
-        kernel, padding = pair(module.kernel_size), pair(module.padding)
-        strides = kernel if module.stride is None else pair(module.stride)
+    if isinstance(module, AveragePools):
+        kernel, padding = sizes(module.kernel_size, module), sizes(module.padding, module)
+        strides = kernel if module.stride is None else sizes(module.stride, module)
         window = Window(kernel[0], strides[0], padding[0])
         return AveragePooling(window, kernel, strides, padding, module.divisor_override)
     if isinstance(module, nn.Upsample):
@@ -329,16 +372,16 @@ def _operation(node: fx.Node, module: nn.Module) -> Operation | None:
     return None
 
 
-def _convolution_padding(module: nn.Conv2d) -> tuple[int, int]:
+def _convolution_padding(module: Convolutions) -> tuple[int, ...]:
     if module.padding == "valid":
-        return 0, 0
+        return sizes(0, module)
     assert not isinstance(module.padding, str)
-    return pair(module.padding)
+    return sizes(module.padding, module)
 
 
 def _flops(node: fx.Node, module: nn.Module | None) -> float:
     """Return the operations of one forward run: multiplications and additions."""
     value = node.meta["val"]
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, Convolutions):
         return 2.0 * float(value.numel()) * module.weight[0].numel()
     return 2.0 * float(value.numel())

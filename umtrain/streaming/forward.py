@@ -10,7 +10,7 @@ from umtrain.exchange import NO_LINKS, Exchange, Links
 from umtrain.streaming.bands import Bands
 from umtrain.streaming.kernels import Kernels, arithmetic_dtype
 from umtrain.streaming.norms import Moments, Statistics, coefficients, statistics_of
-from umtrain.streaming.operations import GlobalPooling, Operation, Weights
+from umtrain.streaming.operations import GlobalPooling, Operation, Weights, channels_last
 from umtrain.streaming.places import Places
 from umtrain.streaming.plan import Plan
 from umtrain.streaming.pointwise import Coefficients, Evaluator, Sums
@@ -177,7 +177,7 @@ class Session:
         bands = self.compiled.bands
         shape = self.program.maps[mask.map].shape
         whole = torch.empty(
-            shape if bands is None else bands.whole_shape(mask.map),
+            shape if bands is None else bands.whole_map(mask.map).shape,
             dtype=torch.bool,
             device=self.compiled.device,
             memory_format=torch.channels_last,
@@ -267,7 +267,7 @@ class Session:
             weight, bias = segment.module.weight, segment.module.bias
             assert isinstance(weight, Tensor)
             dtype = segment.source_dtype
-            cast = weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+            cast = channels_last(weight.detach().to(dtype))
             cast_bias = bias.detach().to(dtype) if isinstance(bias, Tensor) else None
             self._weights[segment.index] = Weights(cast, cast_bias)
         return self._weights[segment.index]

@@ -26,6 +26,7 @@ from umtrain.streaming.program import Program
 from umtrain.streaming.running import Arenas, Ready, Settings
 from umtrain.streaming.schedule import Needs
 from umtrain.streaming.tracing import Traced, trace
+from umtrain.streaming.volumes import folded, plane_of, unfolded
 
 _log = logging.getLogger(__name__)
 
@@ -68,12 +69,17 @@ class Streamer:
         Costs neither memory nor compute. Run it under the autocast that training runs in. Raises
         OutOfMemoryError if there is none.
         """
+        return [compiled.plan for compiled in self.compile(*inputs)]
+
+    def compile(self, *inputs: Tensor) -> list[Compiled]:
+        """Return the parts as a step will run them, as `plan`; inputs may be on "meta"."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = [mode.from_tensor(x) for x in inputs]
+        device = self._arenas.device
         with mode, torch.enable_grad():
+            fakes = [_like(x, device) if x.is_meta else mode.from_tensor(x) for x in inputs]
             self(*fakes)
         parts = self._traced[self._training()].streamed
-        return [ready.compiled.plan for part in parts for ready in part.compiled.values()]
+        return [ready.compiled for part in parts for ready in part.compiled.values()]
 
     @property
     def idle_bytes(self) -> int:
@@ -197,6 +203,10 @@ class _Part(nn.Module):
             return bands.least(n_bytes)
 
 
+def _like(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device)
+
+
 def program_of(
     part: fx.GraphModule, inputs: Sequence[Tensor], shapes: Sequence[Sequence[int]] | None = None
 ) -> Program:
@@ -216,13 +226,15 @@ class _Streamed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ready: Ready, n_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = [x.detach() for x in tensors[:n_inputs]]
+        inputs = [folded(x.detach()) for x in tensors[:n_inputs]]
         with torch.no_grad(), _without_autocast(ready.compiled.device):
             step = ready.new_step()
             outputs = step.forward(inputs)
         ctx.step = step if any(ready.compiled.needs.backward) else None
         ctx.device = ready.compiled.device
-        return tuple(outputs)
+        ctx.input_planes = [plane_of(x) for x in tensors[:n_inputs]]
+        planes = ready.compiled.program.output_planes
+        return tuple(unfolded(x, plane) for x, plane in zip(outputs, planes, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -234,8 +246,12 @@ class _Streamed(torch.autograd.Function):
                 "maps are gone (retain_graph has no effect)"
             )
         with torch.no_grad(), _without_autocast(ctx.device):
-            inputs, learned = step.backward(given)
-        return (None, None, *inputs, *learned)
+            inputs, learned = step.backward([dy if dy is None else folded(dy) for dy in given])
+        gradients = [
+            dx if dx is None else unfolded(dx, plane)
+            for dx, plane in zip(inputs, ctx.input_planes, strict=True)
+        ]
+        return (None, None, *gradients, *learned)
 
 
 def _without_autocast(device: torch.device) -> Any:

@@ -6,7 +6,6 @@ strip. `backward` returns the gradient of exactly the input rows that it was giv
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +14,14 @@ from torch.nn import functional
 from umtrain.streaming.rows import Enlargement, Window
 
 _aten = torch.ops.aten
+# By the number of dimensions.
+_MAX = {2: _aten.max_pool2d_with_indices, 3: _aten.max_pool3d_with_indices}
+_MAX_BACKWARD = {
+    2: _aten.max_pool2d_with_indices_backward,
+    3: _aten.max_pool3d_with_indices_backward,
+}
+_AVERAGE = {2: _aten.avg_pool2d, 3: _aten.avg_pool3d}
+_AVERAGE_BACKWARD = {2: _aten.avg_pool2d_backward, 3: _aten.avg_pool3d_backward}
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,19 @@ class Gradients:
     bias: Tensor | None = None
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Return `x`, of an image or a volume, in channels-last memory."""
+    is_image = x.ndim == 4
+    return x.contiguous(memory_format=torch.channels_last if is_image else torch.channels_last_3d)
+
+
 class Operation(ABC):
     """One operation that is run strip by strip."""
 
-    padding_value: ClassVar[float] = 0.0
+    @property
+    def padding_value(self) -> float:
+        """Return what stands in rows outside of the map."""
+        return 0.0
 
     @abstractmethod
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
@@ -66,12 +82,12 @@ class Operation(ABC):
 
 @dataclass(frozen=True)
 class Convolution(Operation):
-    """A 2D convolution with zero padding."""
+    """A convolution with zero padding, in 2D or 3D."""
 
     window: Window
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
@@ -85,7 +101,7 @@ class Convolution(Operation):
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """See `Operation`."""
         result: Tensor = _aten.convolution(
-            z, weights.weight, weights.bias, *self._geometry(), False, (0, 0), self.groups
+            z, weights.weight, weights.bias, *self._geometry(), False, self._no_padding, self.groups
         )
         return result
 
@@ -107,27 +123,35 @@ class Convolution(Operation):
             bias_sizes,
             *self._geometry(),
             False,
-            (0, 0),
+            self._no_padding,
             self.groups,
             wanted,
         )
         return Gradients(source, weight, bias)
 
-    def _geometry(self) -> tuple[tuple[int, int], ...]:
-        return self.stride, (0, self.padding[1]), self.dilation
+    def _geometry(self) -> tuple[tuple[int, ...], ...]:
+        return self.stride, (0, *self.padding[1:]), self.dilation
+
+    @property
+    def _no_padding(self) -> tuple[int, ...]:
+        return (0,) * len(self.stride)
 
 
 @dataclass(frozen=True)
 class MaxPooling(Operation):
     """Max pooling; of equal values in a window the first counts, as in PyTorch."""
 
-    padding_value: ClassVar[float] = -torch.inf
     window: Window
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     ceil_mode: bool
+
+    @property
+    def padding_value(self) -> float:
+        """See `Operation`: no maximum is outside of the map."""
+        return -torch.inf
 
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
         """See `Operation`."""
@@ -153,17 +177,15 @@ class MaxPooling(Operation):
     ) -> Gradients:
         """See `Operation`."""
         indices = self._run(z)[1]
-        source = _aten.max_pool2d_with_indices_backward(
-            dy.contiguous(memory_format=torch.channels_last), z, *self._geometry(), indices
-        )
-        return Gradients(source)
+        run = _MAX_BACKWARD[len(self.kernel)]
+        return Gradients(run(channels_last(dy), z, *self._geometry(), indices))
 
     def _run(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        pooled, indices = _aten.max_pool2d_with_indices(z, *self._geometry())
+        pooled, indices = _MAX[len(self.kernel)](z, *self._geometry())
         return pooled, indices
 
     def _geometry(self) -> tuple[object, ...]:
-        return self.kernel, self.stride, (0, self.padding[1]), self.dilation, self.ceil_mode
+        return self.kernel, self.stride, (0, *self.padding[1:]), self.dilation, self.ceil_mode
 
 
 @dataclass(frozen=True)
@@ -171,9 +193,9 @@ class AveragePooling(Operation):
     """Average pooling in which padding counts (`count_include_pad`), or there is none."""
 
     window: Window
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
     divisor: int | None
 
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
@@ -186,7 +208,7 @@ class AveragePooling(Operation):
 
     def forward(self, z: Tensor, weights: Weights, first: int, last: int) -> Tensor:
         """See `Operation`."""
-        result: Tensor = _aten.avg_pool2d(z, *self._geometry())
+        result: Tensor = _AVERAGE[len(self.kernel)](z, *self._geometry())
         return result
 
     def backward(
@@ -199,11 +221,11 @@ class AveragePooling(Operation):
         wanted: tuple[bool, bool, bool],
     ) -> Gradients:
         """See `Operation`."""
-        dense = dy.contiguous(memory_format=torch.channels_last)
-        return Gradients(_aten.avg_pool2d_backward(dense, z, *self._geometry()))
+        run = _AVERAGE_BACKWARD[len(self.kernel)]
+        return Gradients(run(channels_last(dy), z, *self._geometry()))
 
     def _geometry(self) -> tuple[object, ...]:
-        return self.kernel, self.stride, (0, self.padding[1]), False, True, self.divisor
+        return self.kernel, self.stride, (0, *self.padding[1:]), False, True, self.divisor
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,22 @@ from torch import Tensor, nn
 
 from umtrain.streaming.operations import Operation
 from umtrain.streaming.rows import Strip, cut_rows
+from umtrain.streaming.volumes import Plane
 
 
 @dataclass
 class Map:
-    """A feature map (N, C, H, W) that is held as a whole, or a band of rows of one."""
+    """A feature map (N, C, H, W) that is held as a whole, or a band of rows of one.
+
+    That of a volume, (N, C, D, H, W), has its slices as rows: it is held as (N, C, D, H·W), and
+    `plane` is (H, W). See umtrain/streaming/volumes.py.
+    """
 
     index: int
     name: str
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
+    plane: Plane = None
     # Where others make some of its rows (see bands.py): those that are made here.
     own: tuple[int, int] | None = None
 
@@ -38,6 +44,11 @@ class Map:
         """Return a map of another height, and of `n_images` images if they are given."""
         images, channels, _, columns = self.shape
         return replace(self, shape=(n_images or images, channels, n_rows, columns))
+
+    @property
+    def outer_shape(self) -> tuple[int, ...]:
+        """Return the shape that it has outside of the engine."""
+        return self.shape if self.plane is None else (*self.shape[:3], *self.plane)
 
     @property
     def n_bytes(self) -> int:
@@ -200,6 +211,11 @@ class Program:
     inputs: list[int] = field(default_factory=list)
     outputs: list[tuple[str, int]] = field(default_factory=list)
     pooled: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
+
+    @property
+    def output_planes(self) -> list[Plane]:
+        """Return for each output the plane that its map has; None for vectors."""
+        return [self.maps[index].plane if kind == "map" else None for kind, index in self.outputs]
 
     def norms_of(self, index: int) -> list[Norm]:
         """Return the normalisations of a map."""

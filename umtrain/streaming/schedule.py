@@ -14,6 +14,7 @@ import torch
 
 from umtrain.streaming.operations import Convolution
 from umtrain.streaming.program import Blend, Map, Program, Segment, Term, masks_of, terms_of
+from umtrain.streaming.volumes import InPlanes
 
 Kind = Literal["forward", "again", "backward"]
 
@@ -326,6 +327,8 @@ def step_flops(program: Program, schedule: Schedule) -> list[float]:
     costs = []
     for action in schedule.actions:
         segment = program.segments[action.segment]
-        twice = 2.0 if isinstance(segment.operation, Convolution) else 1.0
+        operation = segment.operation
+        inner = operation.inner if isinstance(operation, InPlanes) else operation
+        twice = 2.0 if isinstance(inner, Convolution) else 1.0
         costs.append(segment.flops * (twice if action.kind == "backward" else 1.0))
     return costs

@@ -7,7 +7,7 @@ not; the graph is split where that changes, so that what is not runs whole betwe
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -74,15 +74,27 @@ _LAYER_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     functional.interpolate: nn.Upsample,
     functional.max_pool2d: nn.MaxPool2d,
     functional.avg_pool2d: nn.AvgPool2d,
+    functional.adaptive_avg_pool3d: nn.AdaptiveAvgPool3d,
+    functional.max_pool3d: nn.MaxPool3d,
+    functional.avg_pool3d: nn.AvgPool3d,
 }
-_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)
+# Each in 2D and in 3D.
+Convolutions = nn.Conv2d | nn.Conv3d
+BatchNorms = nn.BatchNorm2d | nn.BatchNorm3d
+InstanceNorms = nn.InstanceNorm2d | nn.InstanceNorm3d
+MaxPools = nn.MaxPool2d | nn.MaxPool3d
+AveragePools = nn.AvgPool2d | nn.AvgPool3d
+GlobalAverages = nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d
+GlobalMaxima = nn.AdaptiveMaxPool2d | nn.AdaptiveMaxPool3d
+_Norms = BatchNorms | nn.GroupNorm | InstanceNorms
+_IN_3D = (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d)
 
 
 class _Tracer(fx.Tracer):
     """Stops at the layers that the engine knows, our own norms included."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _NORMS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _Norms) or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass
@@ -171,7 +183,7 @@ def is_streamable(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _is_global_pooling(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     pooling = as_module(node, modules)
-    return isinstance(pooling, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d)
+    return isinstance(pooling, GlobalAverages | GlobalMaxima)
 
 
 def _has_map(node: fx.Node) -> bool:
@@ -205,6 +217,12 @@ def pair(value: Any) -> tuple[Any, Any]:
     return (value, value) if not isinstance(value, tuple | list) else (value[0], value[1])
 
 
+def sizes(value: Any, module: nn.Module) -> tuple[int, ...]:
+    """Return a size for each dimension that `module` slides over, given as one or as all."""
+    n_dims = 3 if isinstance(module, _IN_3D) else 2
+    return (value,) * n_dims if not isinstance(value, tuple | list) else tuple(value)
+
+
 def whole_factors(scale: Any) -> tuple[int, int] | None:
     """Return upsampling factors if they are whole numbers, else None."""
     if scale is None:
@@ -217,19 +235,24 @@ def whole_factors(scale: Any) -> tuple[int, int] | None:
 
 def _module_is_streamable(module: nn.Module) -> bool:
     kind = type(module)
-    if kind is nn.Conv2d:
+    if kind in get_args(Convolutions):
         return module.padding_mode == "zeros" and module.padding not in ("same",)
-    if isinstance(module, nn.BatchNorm2d):
-        return kind is nn.BatchNorm2d or hasattr(module, "eval_statistics") or not module.training
-    if kind in (nn.GroupNorm, nn.InstanceNorm2d):
+    if isinstance(module, BatchNorms):
+        return (
+            kind in get_args(BatchNorms)
+            or hasattr(module, "eval_statistics")
+            or not module.training
+        )
+    if kind is nn.GroupNorm or kind in get_args(InstanceNorms):
         return True
-    if kind is nn.MaxPool2d:
+    if isinstance(module, MaxPools):
         return not module.return_indices
-    if kind is nn.AvgPool2d:
-        padded = any(pair(module.padding))
+    if isinstance(module, AveragePools):
+        padded = any(sizes(module.padding, module))
         return not module.ceil_mode and (bool(module.count_include_pad) or not padded)
-    if kind in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d):
-        return pair(module.output_size) == (1, 1) and not getattr(module, "return_indices", False)
+    if isinstance(module, GlobalAverages | GlobalMaxima):
+        is_global = all(size == 1 for size in sizes(module.output_size, module))
+        return is_global and not getattr(module, "return_indices", False)
     if kind is nn.Upsample:
         bilinear = module.mode == "bilinear" and not module.align_corners
         factors = whole_factors(module.scale_factor)

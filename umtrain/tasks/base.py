@@ -2,23 +2,22 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from umtrain import models
 from umtrain.config import RunConfig
-from umtrain.data.dataset import RadiographDataset, SlideDataset
 from umtrain.data.isolated import READ_LIMITS, Limits
-from umtrain.data.loader import Batch, Loader, make_loader
-from umtrain.data.manifest import Manifest, Radiograph, Slide, Split
+from umtrain.data.loader import Batch, ImageDataset, Loader, make_loader
+from umtrain.data.manifest import Manifest, Radiograph, Slide, Split, Volume
 from umtrain.data.share import WHOLE, Share
 from umtrain.data.skipped import Skipped
 from umtrain.models.norm import set_eval_statistics
 
 Row = dict[str, Any]
-AnyManifest = Manifest[Slide] | Manifest[Radiograph]
+AnyManifest = Manifest[Slide] | Manifest[Radiograph] | Manifest[Volume]
 
 __all__ = ["AnyManifest", "Batch", "Row", "Task"]
 
@@ -43,13 +42,20 @@ class Task(ABC):
         self.manifest = manifest
         self.skipped = Skipped(manifest.records, config.dataset.max_bad_fraction)
 
+    @classmethod
+    def without_images(cls, config: RunConfig) -> Self:
+        """Return a task that knows its network and that network's input, and nothing else."""
+        task = cls.__new__(cls)
+        task.config = config
+        return task
+
     @property
     @abstractmethod
     def n_outputs(self) -> int:
         """Channels that the network puts out."""
 
     @abstractmethod
-    def dataset(self, split: Split, training: bool) -> SlideDataset | RadiographDataset:
+    def dataset(self, split: Split, training: bool) -> ImageDataset:
         """Return the images of `split`, augmented when `training` and the config asks for it."""
 
     def loader(self, split: Split, training: bool, share: Share = WHOLE) -> Loader:
@@ -75,7 +81,7 @@ class Task(ABC):
 
     @abstractmethod
     def inputs(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the network's normalised input: channels-last (n, in_channels, rows, columns)."""
+        """Return the network's normalised input: channels-last (n, in_channels, *input_shape)."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -109,13 +115,18 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def input_shape(self) -> tuple[int, int]:
-        """Rows and columns of the network's input."""
+    def input_shape(self) -> tuple[int, ...]:
+        """Rows and columns of the network's input; of volumes slices first."""
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Channels-last, of images or of volumes: how inputs and weights lie."""
+        return torch.channels_last if len(self.input_shape) == 2 else torch.channels_last_3d
 
     def sample_input(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return an input as a training batch has it: same shape, dtype and strides, no content."""
         shape = (self.config.batch_size, self.in_channels, *self.input_shape)
-        return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=self.memory_format)
 
     def create_model(self, pretrained: Path | None = None) -> nn.Module:
         """Return the configured network in channels-last format, seeded by the caller.
@@ -134,7 +145,7 @@ class Task(ABC):
         # Note: [Batch size 1] in umtrain/models/norm.py
         is_alone = self.config.batch_size == 1 and not chosen.sync_batchnorm
         set_eval_statistics(model, "image" if is_alone else "running")
-        return model.to(memory_format=torch.channels_last)
+        return model.to(memory_format=self.memory_format)
 
     def score(self, metrics: dict[str, Any], loss: float) -> tuple[float, float]:
         """Return how good a validation was, larger is better; a smaller loss breaks ties."""

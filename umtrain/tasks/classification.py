@@ -1,4 +1,4 @@
-"""Whole slides with one label each: one logit, weighted binary cross-entropy, AUC."""
+"""Images with one label each: one logit, weighted binary cross-entropy, AUC."""
 
 from typing import Any, ClassVar
 
@@ -9,22 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from umtrain.config import RunConfig
-from umtrain.data.augment import SlideAugment
-from umtrain.data.dataset import SlideDataset
-from umtrain.data.labels import binary_labels
-from umtrain.data.manifest import Manifest, Slide, Split
+from umtrain.data.labels import LabelledManifest, binary_labels
 from umtrain.evaluation.classification import classification_evidence, classification_metrics
 from umtrain.evaluation.operating_point import choose_threshold
 from umtrain.tasks.base import Batch, Row, Task
-
-# Grey levels become (level - shift) * scale. From scratch, white, a slide's background, becomes
-# zero and tissue positive: zero padding then looks like background. Weights from elsewhere expect
-# what they were trained with: ImageNet's mean and deviation per channel, as in torchvision.
-_FROM_SCRATCH = (torch.full((3, 1, 1), 255.0), torch.full((3, 1, 1), -1 / 64))
-_IMAGENET = (
-    255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
-    1 / (255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)),
-)
 
 _DEFAULT_THRESHOLD = 0.5
 _FROM_VALIDATION = "chosen on the validation split"
@@ -34,19 +22,17 @@ _FROM_NOTHING = "0.5, as none was chosen on a validation split"
 
 
 class ClassificationTask(Task):
-    """Positive against negative slides."""
+    """Positive against negative images; what kind of images is for a subclass to say."""
 
-    in_channels: ClassVar[int] = 3
     fields: ClassVar[tuple[str, ...]] = ("id", "split", "label", "prob")
     headline: ClassVar[str] = "auc"
     higher_is_better: ClassVar[bool] = True
     inputs_by_pixel: ClassVar[bool] = True
 
-    def __init__(self, config: RunConfig, manifest: Manifest[Slide]) -> None:
+    def __init__(self, config: RunConfig, manifest: LabelledManifest) -> None:
         super().__init__(config, manifest)
-        self.slides = manifest
         self.labels = binary_labels(manifest, config.dataset.positive)
-        train = [self.labels[slide.label] for slide in manifest.split("train")]
+        train = [self.labels[record.label] for record in manifest.split("train")]
         self._positive_weight, self._negative_weight = _class_weights(
             train, config.optim.class_weights
         )
@@ -61,31 +47,6 @@ class ClassificationTask(Task):
         """Which label counts as positive."""
         return {"positive": next(label for label, number in self.labels.items() if number)}
 
-    @property
-    def input_shape(self) -> tuple[int, int]:
-        """A square of res."""
-        return self.config.res, self.config.res
-
-    def dataset(self, split: Split, training: bool) -> SlideDataset:
-        """Return slides as uint8 (3, res, res)."""
-        chosen = self.config.dataset
-        return SlideDataset(
-            self.slides.split(split),
-            self.labels,
-            res=self.config.res,
-            fit=chosen.fit,
-            mpp=chosen.mpp,
-            augment=SlideAugment() if training and chosen.augment else None,
-            seed=self.config.seed,
-        )
-
-    def inputs(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return (n, 3, res, res): white 0, black 4; pretrained: ImageNet's scale."""
-        image = batch["image"].to(device, non_blocking=True)
-        values: Tensor = image.to(dtype, memory_format=torch.channels_last)
-        shift, scale = _IMAGENET if self.config.model.pretrained else _FROM_SCRATCH
-        return values.sub_(shift.to(values)).mul_(scale.to(values))
-
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return binary cross-entropy, each class weighted by its rarity in training."""
         logits = outputs.float().squeeze(1)
@@ -94,11 +55,11 @@ class ClassificationTask(Task):
         return functional.binary_cross_entropy_with_logits(logits, labels, weights)
 
     def predictions(self, outputs: Tensor, batch: Batch, split: str) -> list[Row]:
-        """Return id, split, label and the positive class's probability of each slide."""
+        """Return id, split, label and the positive class's probability of each image."""
         probabilities = outputs.float().squeeze(1).sigmoid().tolist()
         return [
-            {"id": slide_id, "split": split, "label": int(label), "prob": prob}
-            for slide_id, label, prob in zip(
+            {"id": image_id, "split": split, "label": int(label), "prob": prob}
+            for image_id, label, prob in zip(
                 batch["id"], batch["label"].tolist(), probabilities, strict=True
             )
         ]

@@ -15,10 +15,10 @@ from umtrain.data.masks import CLASSES
 from umtrain.data.patches import PatchDataset
 from umtrain.evaluation.classification import roc_auc
 from umtrain.tasks.base import Batch, Row
-from umtrain.tasks.classification import ClassificationTask
+from umtrain.tasks.slides import SlideTask
 
 
-class PatchTask(ClassificationTask):
+class PatchTask(SlideTask):
     """What the network of approach=two_stage is trained on: background, benign or cancer.
 
     `slides` is the manifest as it is; `manifest` has a row for each patch that an epoch draws, and

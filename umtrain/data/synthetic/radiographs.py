@@ -3,14 +3,13 @@
 import csv
 import hashlib
 import io
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from umtrain.data.synthetic.processes import in_processes
 from umtrain.data.synthetic.radiograph_canvas import Point
 from umtrain.data.synthetic.radiograph_dicom import FilmHeader, write_film
 from umtrain.data.synthetic.radiograph_film import Scene, pose, render
@@ -145,7 +144,7 @@ def make_radiographs(
     (folder / "images").mkdir(parents=True, exist_ok=True)
     jobs = [(spec, folder, size_px) for spec in plan_radiographs(n, seed)]
     rows = []
-    for row in _in_processes(jobs, processes):
+    for row in in_processes(_write_job, jobs, processes):
         rows.append(row)
         if progress is not None:
             progress(len(rows), n)
@@ -153,21 +152,6 @@ def make_radiographs(
 
 
 _Job = tuple[RadiographSpec, Path, int]
-
-
-def _in_processes(jobs: list[_Job], processes: int) -> Iterator[dict[str, str]]:
-    """Yield the manifest rows in order, as they are done."""
-    if processes <= 1 or len(jobs) == 1:
-        yield from map(_write_job, jobs)
-        return
-    # Spawned, not forked: the parent may run threads (torch, a progress bar).
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
-        try:
-            yield from pool.map(_write_job, jobs)
-        except BaseException:  # do not make the rest only to throw it away
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _write_job(job: _Job) -> dict[str, str]:

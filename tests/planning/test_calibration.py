@@ -1,0 +1,151 @@
+"""Calibration measures real kernels once, keeps them, and never measures unasked."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from umtrain.errors import ConfigError
+from umtrain.planning.calibration import calibrated, local_profile, machine_key
+from umtrain.planning.profile import load_profile
+from umtrain.planning.seconds import operation_seconds
+from umtrain.planning.tracing import trace_step
+
+CPU = torch.device("cpu")
+
+
+def a_step():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(16),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False),
+    ).to(memory_format=torch.channels_last)
+    image = torch.empty(1, 3, 64, 64, memory_format=torch.channels_last)
+    return trace_step(model, image, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def told():
+    return []
+
+
+@pytest.fixture(scope="module")
+def profile(folder, told):
+    return calibrated(
+        CPU,
+        folder,
+        lambda: [a_step()],
+        spill_dir=None,
+        again=False,
+        progress=lambda done, total, note: told.append((done, total)),
+    )
+
+
+def test_each_convolution_of_the_steps_is_timed_in_each_dtype_and_phase(profile):
+    timed = {(s.dtype, s.phase, s.convolution.in_channels) for s in profile.convolution_samples}
+    assert timed == {
+        (dtype, phase, channels)
+        for dtype in ("bf16", "fp32")
+        for phase in ("forward", "backward")
+        for channels in (3, 16)
+    }
+
+
+def test_the_first_convolution_has_no_gradient_of_its_input_to_find(profile):
+    flops = {
+        (s.convolution.in_channels, s.phase): s.flops
+        for s in profile.convolution_samples
+        if s.dtype == "fp32"
+    }
+    assert flops[3, "backward"] == flops[3, "forward"]
+    assert flops[16, "backward"] == 2 * flops[16, "forward"]
+
+
+def test_every_figure_is_positive_and_finite(profile):
+    figures = [
+        *(s.seconds for s in profile.convolution_samples),
+        *(s.seconds for s in profile.pass_samples),
+        *profile.matrix_flops_per_s.values(),
+        profile.memory_bytes_per_s,
+        profile.in_bytes_per_s,
+        profile.out_bytes_per_s,
+        profile.launch_s,
+    ]
+    assert all(0 < figure < math.inf for figure in figures)
+
+
+def test_a_step_that_was_timed_can_be_predicted(profile):
+    seconds = [operation_seconds(operation, profile) for operation in a_step().operations]
+    assert all(0 < each < 1 for each in seconds)
+
+
+def test_progress_is_told_up_to_the_end(profile, told):
+    done, totals = zip(*told, strict=True)
+    assert list(done) == sorted(done)
+    assert set(totals) == {done[-1]}
+
+
+def test_what_was_measured_is_kept_and_not_measured_again(profile, folder):
+    def refuse():
+        raise AssertionError("measured again")
+
+    again = calibrated(
+        CPU, folder, refuse, spill_dir=None, again=False, progress=lambda *_: refuse()
+    )
+    assert again == profile
+
+
+def test_another_machine_or_number_of_threads_is_another_calibration():
+    here = machine_key(CPU, "a processor")
+    assert machine_key(CPU, "a processor") == here
+    assert machine_key(CPU, "another processor") != here
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(n_threads + 1)
+    try:
+        assert machine_key(CPU, "a processor") != here
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def test_a_damaged_file_is_named(profile, folder, monkeypatch):
+    (path,) = folder.iterdir()
+    text = path.read_text()
+    path.write_text(text[:100])
+    try:
+        monkeypatch.setenv("UMTRAIN_CACHE", str(folder))
+        with pytest.raises(ConfigError, match=rf"{path.name}: is damaged .*delete it"):
+            local_profile(CPU)
+    finally:
+        path.write_text(text)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match=f"{blocked}: File exists"):
+        calibrated(CPU, blocked, list, spill_dir=None, again=True, progress=lambda *_: None)
+
+
+def test_without_a_calibration_this_machine_is_a_stated_one_with_its_own_memory(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("UMTRAIN_CACHE", str(tmp_path))
+    here, generic = local_profile("cpu"), load_profile("generic_cpu")
+    kept = {"device_bytes": generic.device_bytes, "host_bytes": generic.host_bytes}
+    assert dataclasses.replace(here, **kept) == generic
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_a_calibration_it_is_that_one(profile, folder, monkeypatch):
+    monkeypatch.setenv("UMTRAIN_CACHE", str(folder))
+    assert local_profile("cpu") == profile
+    (path,) = folder.iterdir()
+    assert json.loads(path.read_text())["kind"] == "cpu"

@@ -1,0 +1,272 @@
+"""`umtrain plan`: what a run will take under each memory strategy, predicted without training."""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from umtrain.config import sweep_axes
+from umtrain.console import Console, format_duration
+from umtrain.errors import ConfigError, OutOfMemoryError
+from umtrain.files import write_json
+from umtrain.plan_subject import (
+    Planned,
+    Words,
+    n_train,
+    resolve_profile,
+    split_words,
+    with_rows,
+)
+from umtrain.planning.choice import choose
+from umtrain.planning.predict import Prediction, predict
+from umtrain.planning.profile import Profile
+from umtrain.planning.spread import Spread, spread_rows
+from umtrain.planning.strategies import STRATEGIES
+from umtrain.report.plots_plan import plan_plot
+from umtrain.units import format_bytes
+
+RUNS = Path("runs")
+PLAN_NAME, PICTURE_NAME = "plan.json", "plan.png"
+_NOTHING = "-"
+_COLUMNS = (
+    "fits",
+    "device, GiB",
+    "host, GiB",
+    "out, GiB",
+    "in, GiB",
+    "waits",
+    "step",
+    "epoch",
+    "least, GiB",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned: `words` for each of `sizes`, under each of `strategies`."""
+
+    words: Words
+    sizes: tuple[str, ...]
+    strategies: tuple[str, ...]
+    out: Path | None
+    again: bool
+
+
+def plan(words: list[str], console: Console) -> int:
+    """Print predictions for `key=value` words; of several sizes, write them with a picture."""
+    request = parse(words)
+    # What is wrong with a word is said before anything is measured.
+    checked = [request.words.checked(f"res={size}") for size in request.sizes]
+    spill_dir = checked[0].memory.spill_dir
+    profile = resolve_profile(
+        request.words.device,
+        console,
+        again=request.again,
+        spill_dir=Path(spill_dir).expanduser() if spill_dir else None,
+    )
+    console.say(
+        f"predicted, not measured, for {profile.title}: device memory "
+        f"{format_bytes(profile.device_bytes)}, host memory {format_bytes(profile.host_bytes)}"
+    )
+    rows: list[dict[str, Any]] = []
+    autos: dict[str, str] = {}
+    for size in request.sizes:
+        planned = request.words.planned(profile, f"res={size}")
+        predictions = [_predict(planned, name) for name in request.strategies]
+        epoch = _Epoch.of(planned)
+        console.show(prediction_table(planned, predictions, epoch))
+        for prediction in predictions:
+            if prediction.why:
+                console.say(f"{prediction.strategy}: {prediction.why}")
+        if not epoch.n_batches:
+            console.say(f"epoch: {epoch.why}")
+        autos[size] = _auto(planned)
+        console.say(autos[size])
+        spreads = _spread(request, planned)
+        if spreads:
+            console.show(spread_table(spreads, planned))
+        rows += [_row(planned, prediction, epoch) for prediction in predictions]
+    _write(request, profile, rows, autos, console)
+    return 0
+
+
+def parse(words: list[str]) -> Request:
+    """Tell the words of a plan from those of a run. Raises ConfigError for wrong ones."""
+    own: dict[str, str] = {}
+    rest: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key in ("memory", "out", "calibrate") and equals:
+            own[key] = value
+        else:
+            rest.append(word)
+    sizes: tuple[str, ...] = ()
+    if any(word.startswith("res=") and "," in word for word in rest):
+        axes, rest = sweep_axes(rest)
+        if set(axes) != {"res"}:
+            other = next(key for key in axes if key != "res")
+            raise ConfigError(
+                f"{other}: a plan takes several values of res only; plan it by itself"
+            )
+        sizes = tuple(axes["res"])
+    split = split_words(rest)
+    memory = own.get("memory", "all")
+    if memory not in (*STRATEGIES, "all", "auto"):
+        raise ConfigError(f"memory={memory}: choose all, auto, {', '.join(STRATEGIES)}")
+    strategies = tuple(_predictable(split)) if memory in ("all", "auto") else (memory,)
+    again = own.get("calibrate", "false")
+    if again not in ("true", "false"):
+        raise ConfigError(f"calibrate={again}: expected true or false")
+    size = sizes or (str(split.checked().res),)
+    out = Path(own["out"]).expanduser() if "out" in own else None
+    return Request(split, size, strategies, out, again == "true")
+
+
+def _predictable(words: Words) -> list[str]:
+    """Return all strategies; placement only where it is said what lies where."""
+    has_layers = any(word.startswith("memory.cpu_layers=") for word in words.overrides)
+    return [name for name in STRATEGIES if name != "placement" or has_layers]
+
+
+def _predict(planned: Planned, strategy: str) -> Prediction:
+    return predict(planned.subject, strategy, planned.profile, planned.options)
+
+
+def _auto(planned: Planned) -> str:
+    """Return the line that memory=auto would say."""
+    try:
+        choice = choose(planned.subject, planned.profile, planned.options)
+        return f"memory=auto: {choice.sentence}"
+    except OutOfMemoryError as error:
+        return f"{error}"
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """How many batches an epoch has; None, and why, where that is not known."""
+
+    n_batches: int | None
+    why: str
+
+    @classmethod
+    def of(cls, planned: Planned) -> "_Epoch":
+        n_images, why = n_train(planned.config)
+        if n_images is None:
+            return cls(None, why)
+        return cls(math.ceil(n_images / planned.config.batch_size), "")
+
+    def seconds(self, step_s: float | None) -> float | None:
+        """Return the seconds of an epoch whose steps take `step_s`."""
+        return None if step_s is None or self.n_batches is None else step_s * self.n_batches
+
+
+def prediction_table(planned: Planned, predictions: list[Prediction], epoch: _Epoch) -> Table:
+    """Return the predictions for one size, a strategy a row."""
+    table = Table(title=f"predicted: {planned.title}")
+    table.add_column("memory", no_wrap=True)
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
+    for p in predictions:
+        cells = (
+            p.strategy,
+            "yes" if p.fits else "NO",
+            *map(_gib, (p.device_peak_bytes, p.host_peak_bytes)),
+            *map(_gib, (p.swapped_out_bytes, p.swapped_in_bytes)),
+            *map(text_of_seconds, (p.copy_or_fault_s, p.step_s, epoch.seconds(p.step_s))),
+            _gib(p.least_budget_bytes),
+        )
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def spread_table(spreads: list[Spread], planned: Planned) -> Table:
+    """Return what each device takes where rows are spread over several."""
+    table = Table(title=f"predicted: {planned.title}, rows spread over devices, memory=stream")
+    names = ("devices", "fits", "each, GiB", "host of a node, GiB", "each exchanges, GiB", "step")
+    for name in names:
+        table.add_column(name, justify="right")
+    for s in spreads:
+        cells = (
+            str(s.n_devices),
+            "yes" if s.fits else "NO",
+            *map(_gib, (s.device_peak_bytes, s.host_peak_bytes, s.exchanged_bytes)),
+            text_of_seconds(s.step_s),
+        )
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _gib(n_bytes: float | None) -> str:
+    return _NOTHING if n_bytes is None else f"{n_bytes / 2**30:.2f}"
+
+
+def text_of_bytes(value: float | None) -> str:
+    """Return bytes as people write them, a dash for None."""
+    return _NOTHING if value is None else format_bytes(value)
+
+
+def text_of_seconds(value: float | None) -> str:
+    """Return a duration to three digits, a dash for None."""
+    if value is None:
+        return _NOTHING
+    return f"{value:.3g} s" if value < 60 else format_duration(value)
+
+
+def _spread(request: Request, planned: Planned) -> list[Spread]:
+    if planned.profile.n_devices == 1 or "stream" not in request.strategies:
+        return []
+
+    return spread_rows(
+        lambda n_rows: with_rows(planned, n_rows).subject,
+        planned.input_shape[-2],
+        planned.profile,
+        planned.options,
+    )
+
+
+def _row(planned: Planned, prediction: Prediction, epoch: _Epoch) -> dict[str, Any]:
+    config = planned.config
+    return {
+        "kind": "prediction",
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "res": config.res,
+        "input_shape": list(planned.input_shape),
+        "batch_size": config.batch_size,
+        "precision": planned.precision,
+        **dataclasses.asdict(prediction),
+        "epoch_s": epoch.seconds(prediction.step_s),
+        "epoch_why": epoch.why,
+    }
+
+
+def _write(
+    request: Request,
+    profile: Profile,
+    rows: list[dict[str, Any]],
+    autos: dict[str, str],
+    console: Console,
+) -> None:
+    folder = request.out
+    if folder is None:
+        if len(request.sizes) == 1:
+            return
+        folder = RUNS / f"plan-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={folder}: cannot be made ({error.strerror})") from error
+    device = dataclasses.asdict(profile)
+    for key in ("convolution_samples", "pass_samples"):
+        del device[key]
+    document = {"kind": "prediction", "profile": device, "auto": autos, "rows": rows}
+    write_json(folder / PLAN_NAME, document)
+    title = f"predicted for {profile.title}"
+    plan_plot(folder / PICTURE_NAME, rows, title)
+    console.say(f"plan     {folder / PLAN_NAME}")
+    console.say(f"picture  {folder / PICTURE_NAME}")

@@ -1,0 +1,82 @@
+"""From a step's buffers to the peak of device memory, as the meters count it.
+
+Without a GPU that is the resident set over what the process held before the model: the heap with
+its holes where freed buffers are used again, what is alive where a budget has them given back.
+On a GPU it is what torch's allocator has handed out.
+"""
+
+import statistics
+from itertools import chain
+
+from umtrain.memory.allocator import FreedBuffers
+from umtrain.planning.heap import Event, Heap
+from umtrain.planning.profile import Profile
+from umtrain.planning.usage import Usage, events, page_bytes, resident_bytes
+
+# What a process holds besides buffers: without a GPU code, compiled kernels and threads' own heaps
+# (ResNet-50 at 256 pixels); on one cuBLAS's workspaces (an H100, torch 2.11).
+PROCESS_BYTES = {"cpu": 70 * 2**20, "cuda": 72 * 10**6}
+# Smaller buffers live in the gaps between the others.
+_LEAST_BYTES = 64 * 2**10
+# The holes of one step are there in the next; after three it has all it needs.
+_N_STEPS = 3
+_SEEDS = (0, 1, 2)
+_CUDA_GRANULE_BYTES = 512
+_PAGE_BYTES = 4096
+
+
+def device_peak_bytes(usage: Usage, profile: Profile, *, is_budgeted: bool) -> int:
+    """Return the peak that a record would show as memory_use.device_peak_bytes.
+
+    Of managed memory, which a record counts wherever it is, only what is on the device.
+    """
+    pages = page_bytes(usage)
+    if is_budgeted or profile.kind == "cuda":
+        pairs = zip(live_bytes(usage, profile), pages, strict=True)
+        peak_bytes = max((live + paged for live, paged in pairs), default=0)
+        return resident_bytes(usage.trace) + peak_bytes + PROCESS_BYTES[profile.kind]
+    heap_bytes = statistics.mean(_recycled_bytes(usage, seed) for seed in _SEEDS)
+    with_pages_bytes = int(heap_bytes) + max(pages, default=0)
+    return min(with_pages_bytes, max(int(heap_bytes), profile.device_bytes)) + PROCESS_BYTES["cpu"]
+
+
+def least_bytes(usage: Usage, profile: Profile) -> int:
+    """Return the least budget that the usage fits in: what is alive, and nothing more."""
+    live = max(live_bytes(usage, profile), default=0)
+    return resident_bytes(usage.trace) + live + PROCESS_BYTES[profile.kind]
+
+
+def live_bytes(usage: Usage, profile: Profile) -> list[int]:
+    """Return the bytes of buffers during each operation, scratch memory included."""
+    granule_bytes = _CUDA_GRANULE_BYTES if profile.kind == "cuda" else _PAGE_BYTES
+    levels: list[int] = []
+    sizes: dict[int, int] = {}
+    total = 0
+    for operation in events(usage, profile.kind):
+        peak = total
+        for event in operation:
+            if event.n_bytes:
+                sizes[event.buffer] = -(-event.n_bytes // granule_bytes) * granule_bytes
+                total += sizes[event.buffer]
+                peak = max(peak, total)
+            else:
+                total -= sizes.pop(event.buffer)
+        levels.append(peak)
+    return levels
+
+
+def _recycled_bytes(usage: Usage, seed: int) -> int:
+    """Return the heap's peak, model and optimizer's state in it."""
+    trace = usage.trace
+    heap = Heap(FreedBuffers.RECYCLE.value[0], usage.share_spoiled, seed)
+    resident = [a for a in trace.allocations if a.kind in ("parameter", "buffer")]
+    states = [a for a in trace.allocations if a.kind == "state"]
+    step = list(chain.from_iterable(events(usage, "cpu", _LEAST_BYTES)))
+    for number in range(_N_STEPS):
+        for event in step:
+            heap.apply(event)
+        if number == 0:
+            # The optimizer makes its state at the end of the first step.
+            for index, state in enumerate(states):
+                heap.apply(Event(len(usage.stays) + index, state.n_bytes))
+    return heap.peak_bytes + sum(a.n_bytes for a in resident)

@@ -1,0 +1,151 @@
+"""Seconds of an operation on a machine: a roofline with measured or stated rates.
+
+An operation takes as long as its arithmetic or its traffic, whichever is more, and its launch. The
+rate of arithmetic depends on the kind of convolution, its channels and its size: between the
+samples of a calibrated machine it is interpolated, elsewhere it is a share of the data sheet's.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from umtrain.planning.profile import ConvolutionSample, PassSample, Profile
+from umtrain.planning.step import Convolution, Operation
+
+_PASS_OF = {
+    "native_batch_norm": "norm",
+    "cudnn_batch_norm": "norm",
+    "native_group_norm": "norm",
+    "native_batch_norm_backward": "norm_backward",
+    "cudnn_batch_norm_backward": "norm_backward",
+    "native_group_norm_backward": "norm_backward",
+    "max_pool2d_with_indices": "pool",
+    "max_pool3d_with_indices": "pool",
+    "max_pool2d_with_indices_backward": "pool",
+    "max_pool3d_with_indices_backward": "pool",
+    "adaptive_max_pool2d": "pool",
+    "adaptive_max_pool2d_backward": "pool",
+    "upsample_nearest2d": "upsample",
+    "upsample_nearest2d_backward": "upsample",
+    "upsample_bilinear2d": "upsample",
+    "upsample_bilinear2d_backward": "upsample",
+    "relu_": "in_place",
+    "threshold_backward": "rectify_backward",
+    "_to_copy": "cast",
+    "_fused_adamw_": "update",
+}
+_FEW_CHANNELS = 4
+_N_NEAREST = 4
+# How unlike two convolutions are: in powers of two of each, a kernel's size most of all.
+_WEIGHTS = {"kernel": 2.0, "in": 1.0, "out": 1.0, "stride": 1.0, "groups": 2.0, "pixels": 0.5}
+_NEAR = 0.05  # of a power of two: closer than this there is nothing to tell apart
+
+
+def operation_seconds(operation: Operation, profile: Profile) -> float:
+    """Return the seconds that `operation` takes on a device of `profile`, its launch included.
+
+    A GPU computes while the next kernel is launched: there an operation takes the longer of both.
+    Its memory has been touched before: fresh pages cost `first_touch_s_per_byte` on top.
+    """
+    kernel_s = _kernel_s(operation, profile)
+    if profile.kind == "cuda":
+        return max(profile.launch_s, kernel_s)
+    return profile.launch_s + kernel_s
+
+
+def _kernel_s(operation: Operation, profile: Profile) -> float:
+    if operation.convolution is not None:
+        return _convolution_s(operation, operation.convolution, profile)
+    n_bytes = operation.read_bytes + operation.written_bytes
+    traffic_s = _pass_s(pass_kind(operation.name), operation.dtype, n_bytes, profile)
+    arithmetic_s = operation.flops / _matrix_flops_per_s(operation.dtype, profile)
+    return max(traffic_s, arithmetic_s)
+
+
+def pass_kind(name: str) -> str:
+    """Return the kind of pass over memory that aten's `name` is."""
+    return _PASS_OF.get(name, "elementwise")
+
+
+def convolution_kind(convolution: Convolution) -> str:
+    """Return the kind of convolution that its share of a device's speed is known by."""
+    in_channels, groups = convolution.in_channels, convolution.groups
+    if 1 < groups == in_channels:
+        return "depthwise"
+    if groups > 1:
+        return "grouped"
+    if in_channels <= _FEW_CHANNELS:
+        return "few_channels"
+    if max(convolution.kernel) == 1:
+        return "1x1"
+    return "3x3" if max(convolution.kernel) <= 3 else "large"
+
+
+def _convolution_s(operation: Operation, convolution: Convolution, profile: Profile) -> float:
+    samples = [
+        sample
+        for sample in profile.convolution_samples
+        if sample.dtype == operation.dtype and sample.phase == operation.phase
+    ]
+    if samples:
+        return operation.flops / _sampled_flops_per_s(convolution, samples)
+    rate = _matrix_flops_per_s(operation.dtype, profile)
+    rate *= profile.efficiency[convolution_kind(convolution)]
+    if operation.phase == "backward":
+        rate *= profile.backward_efficiency
+    n_bytes = operation.read_bytes + operation.written_bytes
+    return max(operation.flops / rate, n_bytes / profile.memory_bytes_per_s)
+
+
+def _matrix_flops_per_s(dtype: str, profile: Profile) -> float:
+    """Return the speed of a dense product; what is not known runs at the slowest that is."""
+    known = profile.matrix_flops_per_s
+    return known[dtype] if dtype in known else min(known.values())
+
+
+def _sampled_flops_per_s(convolution: Convolution, samples: Sequence[ConvolutionSample]) -> float:
+    """Return the speed between the samples that are most alike, by the inverse of distance."""
+    near = sorted((_distance(convolution, s.convolution), i) for i, s in enumerate(samples))
+    nearest = [(max(distance, _NEAR), samples[i]) for distance, i in near[:_N_NEAREST]]
+    weights = [1 / distance**2 for distance, _ in nearest]
+    logs = [math.log(sample.flops / sample.seconds) for _, sample in nearest]
+    return math.exp(sum(w * x for w, x in zip(weights, logs, strict=True)) / sum(weights))
+
+
+def _distance(one: Convolution, other: Convolution) -> float:
+    a, b = _features(one), _features(other)
+    return math.sqrt(sum((_WEIGHTS[key] * (a[key] - b[key])) ** 2 for key in a))
+
+
+def _features(convolution: Convolution) -> dict[str, float]:
+    """Return logarithms of what a convolution's speed depends on."""
+    return {
+        "kernel": math.log2(math.prod(convolution.kernel)),
+        "in": math.log2(convolution.in_channels),
+        "out": math.log2(convolution.out_channels),
+        "stride": math.log2(math.prod(convolution.stride)),
+        "groups": math.log2(convolution.groups),
+        "pixels": math.log2(math.prod(convolution.output)),
+    }
+
+
+def _pass_s(kind: str, dtype: str, n_bytes: int, profile: Profile) -> float:
+    samples = [s for s in profile.pass_samples if s.kind == kind and s.dtype == dtype]
+    if not samples:
+        samples = [s for s in profile.pass_samples if s.kind == kind]
+    if samples:
+        return n_bytes / _sampled_bytes_per_s(n_bytes, samples)
+    shares = profile.pass_efficiency
+    return n_bytes / (profile.memory_bytes_per_s * shares.get(kind, shares["elementwise"]))
+
+
+def _sampled_bytes_per_s(n_bytes: int, samples: Sequence[PassSample]) -> float:
+    """Return the speed at a size: between two samples, by the logarithm of size."""
+    points = sorted((math.log2(s.n_bytes), math.log(s.n_bytes / s.seconds)) for s in samples)
+    at = math.log2(max(1, n_bytes))
+    if at <= points[0][0]:
+        return math.exp(points[0][1])
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if at <= x1:
+            return math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
+    return math.exp(points[-1][1])

@@ -1,0 +1,99 @@
+"""Seconds of a streamed step: its convolutions, and the passes over maps beside them.
+
+A strip stays in the cache from one operation to the next, and what is done pixel by pixel is done
+in one pass. So a segment costs its convolution, and reading and writing maps as often as the
+tables below say.
+"""
+
+import math
+
+from torch import Tensor
+
+from umtrain.planning.profile import Profile
+from umtrain.planning.seconds import operation_seconds
+from umtrain.planning.step import Convolution, Operation, Phase, StepTrace
+from umtrain.streaming import operations
+from umtrain.streaming.module import STRIP_BYTES
+from umtrain.streaming.plan import Plan
+from umtrain.streaming.program import Program, Segment
+from umtrain.streaming.schedule import Action
+
+_DTYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
+# Passes over each source and output map in an action, counted in umtrain/streaming/forward.py and
+# backward.py: an expression reads its sources and writes a strip; moments read a result and copy
+# it. In backward the strip is made again, the output's gradient is finished from what is stored
+# and the map, and what comes out is added to the gradients of the sources.
+# On a GPU a step's actions are one graph, whose kernels are launched by the GPU itself: measured on
+# an H100 at 1024 x 1024 (scripts/results/stream_h100.json), as a share of torch's launches.
+_LAUNCHES_PER_ACTION = 2.5
+# A strip's rooms, cursors and calls, beside its kernels, where no graph was recorded: measured as
+# what is left of a step of ResNet-50 at 256 x 256, whose 160 actions have one strip each.
+_LAUNCHES_PER_STRIP = 60
+_FORWARD_PASSES = {"source": 2.0, "output": 2.0}
+_BACKWARD_PASSES = {"source": 5.0, "output": 3.0}
+
+
+def beside_streaming_seconds(step: StepTrace, profile: Profile) -> float:
+    """Return the seconds of what a streamed step does as an ordinary one, `step`, does it.
+
+    Weights are cast once, and updated.
+    """
+    return sum(
+        operation_seconds(each, profile)
+        for each in step.operations
+        if each.phase == "optimizer" or each.name == "_to_copy"
+    )
+
+
+def streaming_seconds(program: Program, plan: Plan, profile: Profile) -> list[float]:
+    """Return the seconds of each action of a streamed step, what moves to host memory left out."""
+    return [_action_s(program, action, profile) for action in plan.schedule.actions]
+
+
+def _action_s(program: Program, action: Action, profile: Profile) -> float:
+    segment = program.segments[action.segment]
+    backward = action.kind == "backward"
+    passes = _BACKWARD_PASSES if backward else _FORWARD_PASSES
+    source_bytes = math.prod(segment.source_shape) * segment.source_dtype.itemsize
+    output_bytes = 0 if segment.out is None else program.maps[segment.out].n_bytes
+    moved = passes["source"] * source_bytes + passes["output"] * output_bytes
+    dtype = _DTYPES.get(segment.source_dtype.itemsize, "fp32")
+    traffic = Operation("add", segment.name, "forward", dtype, 0.0, int(moved / 2), int(moved / 2))
+    seconds = operation_seconds(traffic, profile)
+    if isinstance(segment.operation, operations.Convolution) and segment.out is not None:
+        phase: Phase = "backward" if backward else "forward"
+        seconds += operation_seconds(_convolution(program, segment, phase, dtype), profile)
+    if profile.kind == "cuda":
+        return max(_LAUNCHES_PER_ACTION * profile.launch_s, seconds)
+    n_strips = math.ceil(max(source_bytes, output_bytes) / STRIP_BYTES["cpu"])
+    return seconds + n_strips * _LAUNCHES_PER_STRIP * profile.launch_s
+
+
+def _convolution(program: Program, segment: Segment, phase: Phase, dtype: str) -> Operation:
+    assert isinstance(segment.operation, operations.Convolution)
+    assert segment.out is not None
+    a_map = program.maps[segment.out]
+    n_images, out_channels, *sides = a_map.shape
+    weight = getattr(segment.module, "weight", None)
+    kernel = tuple(weight.shape[2:]) if isinstance(weight, Tensor) else (1, 1)
+    in_channels = segment.source_shape[1]
+    shape = Convolution(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel=kernel,
+        stride=segment.operation.stride,
+        groups=segment.operation.groups,
+        output=(n_images, *sides),
+    )
+    source_bytes = math.prod(segment.source_shape) * segment.source_dtype.itemsize
+    twice = 2.0 if phase == "backward" and segment.sources != program.inputs else 1.0
+    return Operation(
+        name="convolution" if phase == "forward" else "convolution_backward",
+        layer=segment.name,
+        phase=phase,
+        dtype=dtype,
+        flops=twice * segment.flops,
+        read_bytes=source_bytes,
+        written_bytes=a_map.n_bytes,
+        convolution=shape,
+    )

@@ -1,0 +1,95 @@
+"""What a strategy makes of a step: which buffers are on the device when, and what moves."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from umtrain.planning.heap import SHARE_SPOILED, Event
+from umtrain.planning.scratch import scratch_bytes
+from umtrain.planning.step import Allocation, StepTrace
+
+
+@dataclass(frozen=True)
+class Stay:
+    """A buffer in device memory from the operation `first` to the operation `last`."""
+
+    n_bytes: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A step under one strategy.
+
+    `stays` are buffers that an allocator hands out; `pages` are saved tensors on pages that the OS
+    maps beside them. `stall_s` is what compute waits for copies or faults, `extra_s` work that
+    ordinary training has not; `share_spoiled` is about the heap, see `umtrain.planning.heap`.
+    """
+
+    trace: StepTrace
+    stays: list[Stay]
+    pages: list[Stay] = field(default_factory=list)
+    host_peak_bytes: int = 0
+    out_bytes: int = 0
+    in_bytes: int = 0
+    stall_s: float = 0.0
+    extra_s: float = 0.0
+    share_spoiled: float = SHARE_SPOILED
+
+
+# What a step allocates; the rest was there before it.
+_OF_THE_STEP = ("saved", "temporary", "gradient")
+
+
+def step_allocations(trace: StepTrace) -> list[Allocation]:
+    """Return what a step allocates."""
+    return [a for a in trace.allocations if a.kind in _OF_THE_STEP]
+
+
+def stay_of(allocation: Allocation) -> Stay:
+    """Return the stay of an allocation that ordinary training leaves where it is."""
+    return Stay(allocation.n_bytes, allocation.first, allocation.last)
+
+
+def kept(trace: StepTrace) -> Usage:
+    """Return ordinary training's usage: everything stays from its first to its last use."""
+    return Usage(trace, [stay_of(a) for a in step_allocations(trace)])
+
+
+def resident_bytes(trace: StepTrace) -> int:
+    """Return what is in device memory between steps: the model and the optimizer's state."""
+    resident = ("parameter", "buffer", "state")
+    return sum(a.n_bytes for a in trace.allocations if a.kind in resident)
+
+
+def events(usage: Usage, device_kind: str, least_bytes: int = 0) -> Iterator[list[Event]]:
+    """Yield, for each operation, its allocations and frees in order, scratch memory included.
+
+    Buffers up to `least_bytes` are left out.
+    """
+    n_operations = len(usage.trace.operations)
+    starting: list[list[int]] = [[] for _ in range(n_operations)]
+    ending: list[list[int]] = [[] for _ in range(n_operations)]
+    for index, stay in enumerate(usage.stays):
+        if stay.n_bytes > least_bytes:
+            starting[stay.first].append(index)
+            ending[stay.last].append(index)
+    for position, operation in enumerate(usage.trace.operations):
+        found = [Event(index, usage.stays[index].n_bytes) for index in starting[position]]
+        for number, n_bytes in enumerate(scratch_bytes(operation, device_kind), 1):
+            if n_bytes > least_bytes:
+                found += [Event(-number, n_bytes), Event(-number)]
+        yield found + [Event(index) for index in ending[position]]
+
+
+def page_bytes(usage: Usage) -> list[int]:
+    """Return the bytes of mapped pages during each operation."""
+    changes = [0] * (len(usage.trace.operations) + 1)
+    for stay in usage.pages:
+        changes[stay.first] += stay.n_bytes
+        changes[stay.last + 1] -= stay.n_bytes
+    total, levels = 0, []
+    for change in changes[:-1]:
+        total += change
+        levels.append(total)
+    return levels

@@ -1,0 +1,121 @@
+"""A few real training steps of a configuration, in a process of their own, and what they took.
+
+`python -m umtrain.trial key=value …` prints one JSON document as its last line: status "ok", with
+`step_s` (the median of the steps after the first, or the only one) and `memory_use`. It ends
+with exit code 3 where memory runs out. The images are noise; all else is as `umtrain fit` does it.
+"""
+
+import dataclasses
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from umtrain.config import RunConfig
+from umtrain.errors import OutOfMemoryError, UmtrainError
+
+_OK, _FAILED = 0, 1
+
+
+def run_trial(overrides: list[str], n_steps: int) -> dict[str, Any]:
+    """Run a trial in a fresh process; return its document.
+
+    The status is "oom" where memory ran out, "failed" with `why` where anything else went wrong.
+    The process ends with this one's interrupt. A process that the system kills is out of memory.
+    """
+    command = [sys.executable, "-m", "umtrain.trial", str(n_steps), *overrides]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    try:
+        printed, complaint = process.communicate()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    said = complaint.strip().splitlines() or [f"exit code {process.returncode}"]
+    if process.returncode == _OK:
+        document: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        return document
+    if process.returncode == OutOfMemoryError.exit_code:
+        return {"status": "oom", "why": said[-1]}
+    if process.returncode == -signal.SIGKILL:
+        return {"status": "oom", "why": "the system ended the process by SIGKILL"}
+    return {"status": "failed", "why": said[-1]}
+
+
+def train(config: RunConfig, n_steps: int) -> dict[str, Any]:
+    """Train `n_steps` steps on noise in this process. Raises UmtrainError as a run would."""
+    import torch
+
+    from umtrain import tasks
+    from umtrain.device import resolve_device, resolve_precision
+    from umtrain.memory.allocator import recycle_large_buffers
+    from umtrain.planning.tracing import mean_square
+    from umtrain.runner import create_strategy
+    from umtrain.training import autocast, create_optimizer, input_dtype
+
+    recycle_large_buffers()
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    torch.manual_seed(config.seed)
+    task = tasks.without_images(config)
+    model = task.create_model().to(device)
+    image = task.sample_input(device, input_dtype(precision)).normal_()
+    optimizer = create_optimizer(model, config.optim)
+    strategy = create_strategy(config, device, None)
+    times_s: list[float] = []
+    try:
+        with strategy.guard(), autocast(device, precision):
+            model = strategy.prepare(model, image)
+        for _ in range(n_steps):
+            start_s = time.perf_counter()
+            with strategy.step():
+                with autocast(device, precision):
+                    output = model(image)
+                torch.autograd.backward(mean_square(output))
+                del output
+            with strategy.guard():
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times_s.append(time.perf_counter() - start_s)
+    finally:
+        strategy.close()
+    return {
+        "status": "ok",
+        "memory": strategy.running_name,
+        "precision": precision,
+        "step_s": statistics.median(times_s[1:] or times_s),
+        "steps_s": times_s,
+        "memory_use": dataclasses.asdict(strategy.stats()),
+    }
+
+
+def main(words: list[str]) -> int:
+    """Run a trial: the number of steps, then the overrides."""
+    from umtrain.config import load_config
+
+    try:
+        config = load_config(words[1:])
+        document = train(config, int(words[0]))
+    except UmtrainError as error:
+        print(str(error).replace("\n", " "), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _FAILED
+    print(json.dumps(document))
+    return _OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
