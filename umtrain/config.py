@@ -494,6 +494,20 @@ def _check_combinations(config: RunConfig) -> None:
         )
 
 
+def _check_parallel(config: RunConfig) -> None:
+    if config.parallel == "spatial" and config.memory.name != "stream":
+        raise ConfigError(
+            f"parallel=spatial spreads the rows of feature maps over processes, which only "
+            f"memory=stream can, not memory={config.memory.name}; add memory=stream, or use "
+            "parallel=data"
+        )
+    if config.model.sync_batchnorm and config.model.norm != "batch":
+        raise ConfigError(
+            f"model.sync_batchnorm=true: model.norm={config.model.norm} has no statistics of a "
+            "batch; leave one of them out"
+        )
+
+
 def _check_volume(config: RunConfig) -> None:
     dataset = config.dataset
     for key in ("depth", "window_center", "window_width"):
@@ -508,20 +522,6 @@ def _check_volume(config: RunConfig) -> None:
             f"res={config.res}, dataset.depth={dataset.depth}: the deepest map would be a single "
             f"position, which has no spread to normalise by; use dataset.depth={_CT_STRIDES[0] + 1}"
             f" or more, or res={_CT_STRIDES[1] + 1} or more"
-        )
-
-
-def _check_parallel(config: RunConfig) -> None:
-    if config.parallel == "spatial" and config.memory.name != "stream":
-        raise ConfigError(
-            f"parallel=spatial spreads the rows of feature maps over processes, which only "
-            f"memory=stream can, not memory={config.memory.name}; add memory=stream, or use "
-            "parallel=data"
-        )
-    if config.model.sync_batchnorm and config.model.norm != "batch":
-        raise ConfigError(
-            f"model.sync_batchnorm=true: model.norm={config.model.norm} has no statistics of a "
-            "batch; leave one of them out"
         )
 
 

@@ -55,15 +55,15 @@ class Links:
     `statistics` joins the statistics of batch normalisation; `bands` says that each rank holds
     rows of every feature map, and of the model's inputs, of `n_input_rows`, `given_rows`.
     `on_gradient` is told of each parameter's gradient as soon as
-    backward is done with it, and returns whether it has taken it over. `agree` tells whether all
-    ranks say yes.
+    backward is done with it, and returns whether it has taken it over. `agree` returns what
+    the first rank chooses.
     """
 
     statistics: Exchange | None = None
     bands: Exchange | None = None
     n_input_rows: int = 0
     on_gradient: Callable[[nn.Parameter, Tensor], bool] = _keeps_nothing
-    agree: Callable[[bool], bool] = bool
+    agree: Callable[[str], str] = str
 
 
 NO_LINKS = Links()

@@ -185,3 +185,19 @@ def test_too_many_bad_images_are_listed_with_their_reasons():
     assert "2 of 4 images of split train cannot be read" in text
     assert "dataset.max_bad_fraction lets 1 be left out" in text
     assert "row 2, s0: a.tif: cut short\n  row 4, s2: c.tif: empty" in text
+
+
+def test_what_other_processes_left_out_counts_once_and_may_be_too_much():
+    records = [slide("train", number) for number in range(40)]
+    mine, others = Skipped(records, 0.05), Skipped(records, 0.05)
+    mine.add(records[0], 1, DataError("torn"))
+    for number in (0, 1):
+        others.add(records[number], 1, DataError("torn"))
+    mine.merge(others.entries)
+    mine.merge(others.entries)
+    assert [entry["id"] for entry in mine.entries] == ["s0", "s1"]
+    assert records[1] in mine
+    late = Skipped(records, 0.05)
+    late.add(records[2], 1, DataError("torn"))
+    with pytest.raises(DataError, match="3 of 40 images of split train cannot be read"):
+        mine.merge(late.entries)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from umtrain import memory, models
 from umtrain.errors import ConfigError, RankError
 from umtrain.exchange import Links
-from umtrain.models.norm import BatchNorm2d, set_eval_statistics
+from umtrain.models.norm import BatchNorm2d, BatchNorm3d, set_eval_statistics
 from umtrain.parallel.gradients import GradientSums
 from umtrain.parallel.ranks import Ranks
 from umtrain.parallel.world import World, entered
@@ -54,21 +54,38 @@ class Residual(nn.Module):
         return self.head(torch.flatten(self.pool(x), 1))
 
 
+def volume() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(1, 6, 3, (1, 2, 2), 1, bias=False),
+        BatchNorm3d(6),
+        nn.ReLU(),
+        nn.MaxPool3d(3, 2, 1),
+        nn.Conv3d(6, 8, 3, 1, 1, bias=False),
+        BatchNorm3d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+
+
 def build(name: str, norm: str) -> nn.Module:
     torch.manual_seed(0)
-    if name == "residual":
+    if name == "volume":
+        model: nn.Module = volume()
+    elif name == "residual":
         layer = {"batch": BatchNorm2d, "group": lambda width: nn.GroupNorm(4, width)}[norm]
-        model: nn.Module = Residual(layer)
+        model = Residual(layer)
     else:
         in_channels = 1 if name == "resunet35" else 3
         model = models.create(name, in_channels=in_channels, n_outputs=2, norm=norm)
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d | nn.GroupNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.uniform_(module.bias, -0.5, 0.5, generator=generator)
     set_eval_statistics(model, "running")
-    return model.double().to(DEVICE, memory_format=torch.channels_last)
+    return dense(model.double().to(DEVICE))
 
 
 def loss_of(outputs: Tensor) -> Tensor:
@@ -80,13 +97,18 @@ def loss_of(outputs: Tensor) -> Tensor:
 
 def batches_of(shape: list[int], sizes: list[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
-    channels, rows, columns = shape
-    return [
-        torch.randn(n, channels, rows, columns, generator=generator, dtype=torch.float64)
-        .clone(memory_format=torch.channels_last)
-        .to(DEVICE)
-        for n in sizes
-    ]
+    drawn = [torch.randn(n, *shape, generator=generator, dtype=torch.float64) for n in sizes]
+    return [dense(x.to(DEVICE)) for x in drawn]
+
+
+def dense(x: Any) -> Any:
+    """Return images, volumes or a model in channels-last memory."""
+    if isinstance(x, nn.Module):
+        is_volume = any(isinstance(module, nn.Conv3d) for module in x.modules())
+    else:
+        is_volume = x.ndim == 5
+    layout = torch.channels_last_3d if is_volume else torch.channels_last
+    return x.to(memory_format=layout)
 
 
 def train(
@@ -222,7 +244,7 @@ def _spread(
     streamer = Streamer(network, settings)
     found = []
     for forward, share in ((streamer, 1 / world.n_ranks), (alone, 1.0)):
-        given = x.clone(memory_format=torch.channels_last).requires_grad_()
+        given = dense(x.clone()).requires_grad_()
         torch.manual_seed(3)
         loss = loss_of(forward(given))
         (loss * share).backward()

@@ -27,6 +27,14 @@ def test_every_strategy_trains_as_one_process_with_joint_statistics(crew, strate
     assert_exact(crew(n_ranks).run("steps", model="residual", strategy=strategy, sizes=sizes))
 
 
+@pytest.mark.parametrize("strategy", ["vanilla", "stream"])
+def test_volumes_join_their_statistics_too(crew, strategy):
+    answers = crew(2).run(
+        "steps", model="volume", strategy=strategy, sizes=[2, 3], shape=[1, 8, 20, 18]
+    )
+    assert_exact(answers)
+
+
 @pytest.mark.parametrize("strategy", ["vanilla", "checkpoint", "stream"])
 @pytest.mark.parametrize("n_images", [1, 2, 4, 5])
 def test_shares_of_an_uneven_batch_weigh_by_their_images_even_if_there_are_none(

@@ -34,6 +34,11 @@ def test_whole_networks_are_exact(crew, model, n_ranks):
     assert_exact(crew(n_ranks).run("spread", model=model, shape=shape, strip_bytes=20_000))
 
 
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_a_volume_is_spread_by_its_slices(crew, n_ranks):
+    assert_exact(crew(n_ranks).run("spread", model="volume", shape=[1, 13, 20, 18], n_images=2))
+
+
 @pytest.mark.parametrize("kept_share", [0.7, 0.45])
 def test_maps_that_are_made_again_or_put_out_keep_their_margins(crew, kept_share):
     answers = crew(3).run(

@@ -17,13 +17,14 @@ from umtrain.exchange import Exchange, join_moments
 def joint_batch_norm(
     module: nn.modules.batchnorm._BatchNorm, x: Tensor, exchange: Exchange
 ) -> Tensor:
-    """Normalise `x` (N, C, *sizes), a part of a batch, as `module` would in training all of it.
+    """Normalise `x` (N, C, …), a part of a batch, as `module` would in training the whole batch.
 
     Updates the running statistics with those of the whole batch.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        var, mean = torch.var_mean(x.to(wide), (0, *range(2, x.ndim)), correction=0)
+        others = [dim for dim in range(x.ndim) if dim != 1]
+        var, mean = torch.var_mean(x.to(wide), others, correction=0)
         n = x.numel() // x.shape[1]
         mean, var, total = join_moments(exchange, mean, var * n, n)
         _update_running(module, mean, var * total / (total - 1).clamp(min=1))
@@ -81,6 +82,6 @@ class _JointBatchNorm(torch.autograd.Function):
             invstd = (var + ctx.eps).rsqrt()
             b = -weight * sums[1] * invstd.square() / total
             a = -weight * sums[0] * invstd / total - b * mean
-            a, b = (values.view(-1, *(1,) * (x.ndim - 2)) for values in (a, b))
-            dx = dx + torch.addcmul(a, x, b).to(dx.dtype)
+            shape = (-1, *(1 for _ in range(x.ndim - 2)))
+            dx = dx + torch.addcmul(a.view(shape), x, b.view(shape)).to(dx.dtype)
         return dx, dweight, dbias, None, None, None, None, None

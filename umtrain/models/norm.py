@@ -150,7 +150,7 @@ def set_eval_statistics(model: nn.Module, statistics: EvalStatistics) -> None:
 
 
 def join_statistics(model: nn.Module, exchange: Exchange | None) -> None:
-    """Make batch normalisations of `model` train on the statistics of all ranks; None: their own.
+    """Make every batch normalisation of `model` train on all ranks' statistics; None: its own.
 
     Like `set_eval_statistics`, it is no part of the state dict.
     """

@@ -75,7 +75,7 @@ class Ranks:
             bands=self.world if self._is_spatial else None,
             n_input_rows=self._n_input_rows if self._is_spatial else 0,
             on_gradient=on_gradient,
-            agree=self.world.all_true,
+            agree=self.world.tell,
         )
 
     def start_batch(self, ids: Sequence[str], is_last: bool) -> float:

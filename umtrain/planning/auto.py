@@ -48,9 +48,9 @@ class Auto(Strategy):
             choice = choose(subject, free_profile(self.options, model), self.options)
         except ConfigError as error:
             _log.warning("memory=auto: vanilla, as nothing can be predicted: %s", error)
-            self._become(self._joint("vanilla"))
+            self._become("vanilla")
         else:
-            self._become(self._joint(choice.prediction.strategy))
+            self._become(choice.prediction.strategy)
             _log.info("memory=auto: %s", choice.sentence)
         return self.chosen.prepare(model, sample_batch)
 
@@ -59,7 +59,7 @@ class Auto(Strategy):
         needed_bytes = inference_bytes(measure_working_sets(model, sample_batch))
         free_bytes = free_profile(self.options, model).device_bytes
         limit_bytes = self.options.device_budget_bytes or free_bytes
-        self._become(self._joint("vanilla" if needed_bytes <= MARGIN * limit_bytes else "stream"))
+        self._become("vanilla" if needed_bytes <= MARGIN * limit_bytes else "stream")
         _log.info(
             "memory=auto: %s, as ordinary evaluation needs about %s of %s",
             self.chosen.name,
@@ -68,11 +68,8 @@ class Auto(Strategy):
         )
         return self.chosen.prepare_inference(model, sample_batch)
 
-    def _joint(self, name: str) -> str:
-        """Return the strategy that all ranks choose; the one that needs least if they differ."""
-        return next((n for n in memory.STRATEGIES if self.links.agree(n == name)), "stream")
-
     def _become(self, name: str) -> None:
+        name = self.links.agree(name)
         if name != self.chosen.name:
             self.chosen.close()
             self.chosen = memory.create_from(name, self.options)

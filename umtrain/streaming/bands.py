@@ -190,9 +190,9 @@ class Bands:
         self.band_of_input(index, part).copy_(band)
         return part
 
-    def whole_shape(self, index: int) -> tuple[int, ...]:
-        """Return the shape of a map as a whole."""
-        return self._whole.maps[index].outer_shape
+    def whole_map(self, index: int) -> Map:
+        """Return a map as a whole."""
+        return self._whole.maps[index]
 
     def pool(self, kind: str, value: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return what global pooling gives of all ranks' rows, and the strips of maxima here.

@@ -216,8 +216,7 @@ class _Builder:
         index = len(self._program.pooled)
         self._program.pooled.append((tuple(value.shape), value.dtype))
         source = self._argument(node, 0)
-        rows, columns = node.all_input_nodes[0].meta["val"].shape[2:]
-        operation = GlobalPooling(kind, rows * columns)
+        operation = GlobalPooling(kind, math.prod(node.all_input_nodes[0].meta["val"].shape[2:]))
         self._add_segment(node, source, operation, None, pooled=index)
         self._pooled[node] = index
 

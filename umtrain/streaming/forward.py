@@ -177,7 +177,7 @@ class Session:
         bands = self.compiled.bands
         shape = self.program.maps[mask.map].shape
         whole = torch.empty(
-            shape if bands is None else bands.whole_shape(mask.map),
+            shape if bands is None else bands.whole_map(mask.map).shape,
             dtype=torch.bool,
             device=self.compiled.device,
             memory_format=torch.channels_last,

@@ -35,11 +35,6 @@ class Map:
     # Where others make some of its rows (see bands.py): those that are made here.
     own: tuple[int, int] | None = None
 
-    @property
-    def outer_shape(self) -> tuple[int, ...]:
-        """Return the shape that it has outside of the engine."""
-        return self.shape if self.plane is None else (*self.shape[:3], *self.plane)
-
     def strips(self, rows_per_strip: int) -> list[Strip]:
         """Return the strips in which it is made."""
         n_images, _, n_rows, _ = self.shape
@@ -49,6 +44,11 @@ class Map:
         """Return a map of another height, and of `n_images` images if they are given."""
         images, channels, _, columns = self.shape
         return replace(self, shape=(n_images or images, channels, n_rows, columns))
+
+    @property
+    def outer_shape(self) -> tuple[int, ...]:
+        """Return the shape that it has outside of the engine."""
+        return self.shape if self.plane is None else (*self.shape[:3], *self.plane)
 
     @property
     def n_bytes(self) -> int:

@@ -122,9 +122,8 @@ class Ready:
             if kind == "pooled":
                 shape, dtype = program.pooled[index]
             else:
-                a_map = program.maps[index]
-                dtype = a_map.dtype
-                shape = a_map.outer_shape if bands is None else bands.whole_shape(index)
+                a_map = program.maps[index] if bands is None else bands.whole_map(index)
+                shape, dtype = a_map.outer_shape, a_map.dtype
             outputs.append(torch.empty(shape, dtype=dtype, device=device, requires_grad=wanted))
         return outputs
 
