@@ -105,7 +105,7 @@ def test_the_wheel_runs_from_any_directory(tmp_path):
             check=True,
         ).stdout
 
-    assert "dataset=spine|wsi" in run("--help")
+    assert "dataset=ct|spine|wsi" in run("--help")
     assert "wrote made/manifest.csv (2 rows)" in run("data", "make", "n=2", "size=256", "out=made")
     assert (site / "umtrain" / "report" / "templates" / "run.html").exists()
 
