@@ -19,7 +19,7 @@ from umtrain.memory import create
 from umtrain.resume import Start, differences, plan_start
 from umtrain.run_dir import choose_run_dir, continued_config, write_config
 from umtrain.signals import StopRequest
-from umtrain.tasks.classification import ClassificationTask
+from umtrain.tasks.slides import SlideTask
 from umtrain.training import Trainer
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ class SignalAfter(RunLogger):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class NoLoss(ClassificationTask):
+class NoLoss(SlideTask):
     """A task whose loss is no number whenever one of `hopeless` is in the batch."""
 
     hopeless = ()
@@ -47,7 +47,7 @@ class NoLoss(ClassificationTask):
         return super().loss(outputs, batch) * factor
 
 
-def make_task(slides, *overrides, kind=ClassificationTask):
+def make_task(slides, *overrides, kind=SlideTask):
     config = load_config([f"dataset.manifest={slides}", *SMALL, *overrides])
     return kind(config, read_manifest(slides, "wsi"))
 
@@ -182,7 +182,7 @@ def test_a_gpu_that_failed_is_no_defect_of_ours(error):
         raise RuntimeError("shapes differ")
 
 
-class GoneAtStep2(ClassificationTask):
+class GoneAtStep2(SlideTask):
     """A task whose second batch meets a GPU that has gone."""
 
     n_batches = 0
