@@ -326,7 +326,7 @@ def _launch_s(device: torch.device) -> float:
     for _ in range(_N_BLOCKS):
         convolution = nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1, bias=False)
         blocks += [convolution, nn.BatchNorm2d(_CHANNELS), nn.ReLU(inplace=True)]
-    model = nn.Sequential(*blocks).to(device, memory_format=torch.channels_last)
+    model = nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
     x = torch.ones(1, _CHANNELS, _SMALL_PX, _SMALL_PX, device=device)
     x = x.to(memory_format=torch.channels_last)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from umtrain.report.canvas import drawing
 
@@ -54,7 +54,8 @@ def plan_plot(
                 if row.get(key) is not None:
                     _draw_point(axes, row, key, scale, axis)
             _dress(axes, sorted({row[axis] for row in rows}), label, axis)
-        _legend(canvas, panels[0], has_points=bool(measured))
+        lacks_room = any(not row["fits"] for row in rows)
+        _legend(canvas, panels[0], has_points=bool(measured), has_crosses=lacks_room)
         canvas.suptitle(title, fontsize=11)
     return path
 
@@ -89,14 +90,16 @@ def _dress(axes: Axes, ticks: Sequence[int], label: str, axis: str) -> None:
     axes.set(xlabel=axis, ylabel=label, yscale="log", ylim=(None, None))
     if len(ticks) > 1:
         axes.set_xscale("log")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(canvas: Figure, axes: Axes, *, has_points: bool) -> None:
-    axes.plot([], [], "x", color=_OTHER_COLOUR, label="does not fit")
+def _legend(canvas: Figure, axes: Axes, *, has_points: bool, has_crosses: bool) -> None:
+    if has_crosses:
+        axes.plot([], [], "x", color=_OTHER_COLOUR, label="does not fit")
     if has_points:
         axes.plot([], [], "o", color=_OTHER_COLOUR, label="measured")
     handles, labels = axes.get_legend_handles_labels()
