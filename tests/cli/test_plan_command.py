@@ -117,7 +117,7 @@ def test_this_machine_is_not_measured_twice(umtrain, calibrated_env, tmp_path):
     [
         (("memory=magic",), "memory=magic: choose all, auto, "),
         (("res=256,512", "seed=1,2"), "a plan takes several values of res only"),
-        (("ress=256",), "unknown key 'ress'. Did you mean res?"),
+        (("ress=256",), "unknown key 'ress'. Did you mean res or resume?"),
         (("dataset.aspect=wide",), "dataset.aspect=wide: must be a number above 0"),
         (("calibrate=maybe",), "calibrate=maybe: expected true or false"),
     ],

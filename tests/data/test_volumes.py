@@ -12,7 +12,7 @@ from umtrain.data.check import check_manifest
 from umtrain.data.ct import CtVolume, read_ct
 from umtrain.data.dataset import SampleKey
 from umtrain.data.digest import content_sha256
-from umtrain.data.loader import collate, make_loader
+from umtrain.data.loader import make_loader
 from umtrain.data.manifest import Volume, read_manifest
 from umtrain.data.synthetic.thorax import NODULE_DIAMETER_MM, make_thorax
 from umtrain.data.synthetic.volumes import plan_volumes
@@ -78,8 +78,8 @@ def dataset(volumes, split="train", **options):
 
 
 def test_a_batch_of_volumes_lies_channels_last(volumes):
-    images = dataset(volumes)
-    batch = collate([images[SampleKey(0, at)] for at in (0, 1)])
+    batch = next(iter(make_loader(dataset(volumes), 2, shuffle=False)))
+    assert batch["image"].movedim(1, -1).is_contiguous()
     assert batch["image"].shape == (2, 1, 6, 16, 20)
     assert batch["image"].dtype == torch.uint16
     assert [type(image) for image in batch["id"]] == [str, str]
