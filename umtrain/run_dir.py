@@ -120,6 +120,8 @@ def read_run_config(run_dir: Path, changes: dict[str, Any]) -> RunConfig:
     path = run_dir / CONFIG
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError("it holds no keys")
         for key, value in changes.items():
             group, _, leaf = key.rpartition(".")
             (values[group] if group else values)[leaf] = value

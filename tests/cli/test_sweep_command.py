@@ -14,7 +14,8 @@ def swept(slides, umtrain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     arguments = (
         *("sweep", "res=64,1024", "epochs=1", "max_steps=4", "precision=fp32"),
-        *("dataset.workers=0", "memory.device_budget=600MiB", f"dataset.manifest={slides}"),
+        *("dataset.workers=0", "memory=vanilla", "memory.device_budget=600MiB"),
+        f"dataset.manifest={slides}",
     )
     done = umtrain(*arguments, "run_dir=out", cwd=folder)
     assert done.returncode == 0, done.stderr

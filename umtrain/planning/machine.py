@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import tempfile
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,8 +24,16 @@ def free_profile(options: Options, model: nn.Module | None = None) -> Profile:
     if options.device == "cuda":
         device_bytes, host_bytes = int(torch.cuda.mem_get_info()[0]), available_bytes()
     else:
-        folder = options.spill_dir or tempfile.gettempdir()
-        device_bytes, host_bytes = available_bytes(), shutil.disk_usage(folder).free
+        device_bytes, host_bytes = available_bytes(), _free_disk_bytes(options.spill_dir)
     device_bytes += 0 if model is None else model_bytes(model)
     profile = local_profile(options.device)
     return dataclasses.replace(profile, device_bytes=device_bytes, host_bytes=host_bytes)
+
+
+def _free_disk_bytes(spill_dir: Path | None) -> int:
+    """Return what the disk of a spill file has free; of a folder that is missing, its parents'.
+
+    Whether a file can be made there is for the one to say who makes it.
+    """
+    folder = Path(tempfile.gettempdir() if spill_dir is None else spill_dir).absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
