@@ -183,11 +183,11 @@ def _words(name: str, folder: Path) -> list[str]:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    root = Path(__file__).parents[1]
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "TMPDIR": str(folder / "tmp"),
     }
 

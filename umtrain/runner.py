@@ -80,8 +80,10 @@ def fit(config: RunConfig, console: Console) -> Path:
         StopRequest(config.signal_grace_s) as stop,
         run_dir_of_rank(lambda: choose_run_dir(config)) as run_dir,
     ):
+        # Of a run that goes on, images that are gone by now are left out as unreadable ones are.
+        is_new = world().tell(not step_paths(run_dir / FOLDER))
         with world().main_first():
-            config, manifest = _with_manifest(config, console)
+            config, manifest = _with_manifest(config, console, needs_all=is_new)
         task = tasks.create(config, manifest)
         make_run_dir(run_dir)
         with run_lock(run_dir), _how_to_go_on(run_dir):
@@ -214,7 +216,10 @@ def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], consol
     return run_dir
 
 
-def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyManifest]:
+def _with_manifest(
+    config: RunConfig, console: Console, *, needs_all: bool
+) -> tuple[RunConfig, AnyManifest]:
+    """Return the configuration with its manifest, and that; `needs_all`: no file may be missing."""
     dataset = config.dataset
     if dataset.manifest is None:
         path = _demo_manifest(dataset.name, config.res, console)
@@ -226,7 +231,8 @@ def _with_manifest(config: RunConfig, console: Console) -> tuple[RunConfig, AnyM
     manifest = _read_manifest(config)
     if not manifest.split("train"):
         raise ConfigError(f"{path}: no row has split=train; nothing to train on")
-    _check_files(manifest)
+    if needs_all:
+        _check_files(manifest)
     if config.approach == two_stage.NAME:
         two_stage.check_masks(manifest)
     if manifest.kind in ("wsi", "ct"):

@@ -14,6 +14,7 @@ import torch
 
 from umtrain import models
 from umtrain.checkpoint import load_checkpoint
+from umtrain.data.manifest import read_manifest
 from umtrain.memory.options import Options
 from umtrain.planning.predict import predict
 from umtrain.planning.profile import load_profile
@@ -121,6 +122,22 @@ def test_a_finished_run_is_not_run_again(finished_run, slides, umtrain):
     assert "run is finished; nothing is left to do" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in run_dir.glob("checkpoints/*")} == before
     assert json.loads((run_dir / "metrics.json").read_text()) == figures
+
+
+def test_a_run_goes_on_without_an_image_that_has_gone_meanwhile(
+    finished_run, slides, umtrain, tmp_path
+):
+    shutil.copytree(finished_run[0], tmp_path / "run")
+    shutil.copytree(slides.parent, tmp_path / "slides")
+    manifest = tmp_path / "slides" / slides.name
+    gone = read_manifest(manifest, "wsi").split("train")[0]
+    gone.path.unlink()
+    words = ("fit", *SMALL, f"dataset.manifest={manifest}", "run_dir=run")
+    done = umtrain(*words, "resume=run/checkpoints/step-00000004.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [entry["id"] for entry in record["data"]["skipped"]] == [gone.id]
+    assert record["train"]["steps"] == 8
 
 
 def test_radiographs_train_to_an_error_in_mm(radiographs, umtrain, tmp_path):
