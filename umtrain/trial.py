@@ -18,13 +18,15 @@ from umtrain.config import RunConfig
 from umtrain.errors import OutOfMemoryError, UmtrainError
 
 _OK, _FAILED = 0, 1
+_ENDS_WITHOUT_MEMORY = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)
 
 
 def run_trial(overrides: list[str], n_steps: int) -> dict[str, Any]:
     """Run a trial in a fresh process; return its document.
 
     The status is "oom" where memory ran out, "failed" with `why` where anything else went wrong.
-    The process ends with this one's interrupt. A process that the system kills is out of memory.
+    The process ends with this one's interrupt. A process that the system kills, or in which a
+    native library does not survive an allocation that fails, is out of memory.
     """
     command = [sys.executable, "-m", "umtrain.trial", str(n_steps), *overrides]
     process = subprocess.Popen(
@@ -47,8 +49,9 @@ def run_trial(overrides: list[str], n_steps: int) -> dict[str, Any]:
         return document
     if process.returncode == OutOfMemoryError.exit_code:
         return {"status": "oom", "why": said[-1]}
-    if process.returncode == -signal.SIGKILL:
-        return {"status": "oom", "why": "the system ended the process by SIGKILL"}
+    if process.returncode in _ENDS_WITHOUT_MEMORY:
+        name = signal.Signals(-process.returncode).name
+        return {"status": "oom", "why": f"the process ended by {name}, for want of memory"}
     return {"status": "failed", "why": said[-1]}
 
 

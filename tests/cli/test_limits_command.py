@@ -1,6 +1,8 @@
 """`umtrain limits` as a user runs it: by plan, and with real steps."""
 
+import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -88,10 +90,18 @@ def test_an_interrupt_ends_the_try_that_is_under_way(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run that a shell has put into the background ignores the interrupt, and so do its
+        # children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        start_new_session=True,
     )
-    assert "training" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=60)
+    try:
+        assert "training" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert complaint == "umtrain: interrupted\n"
     assert list(tmp_path.iterdir()) == []
