@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from umtrain.config import OptimConfig
-from umtrain.training import Progress, Step, create_optimizer, create_schedule
+from umtrain.optimization import create_optimizer, create_schedule
+from umtrain.progress import Progress, Step
 
 
 def rates(schedule, total_steps, warmup_fraction=0.1):

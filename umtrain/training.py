@@ -20,7 +20,7 @@ from umtrain.checkpoint import (
     step_path,
 )
 from umtrain.clock import RunClock
-from umtrain.config import OptimConfig, RunConfig, config_to_dict
+from umtrain.config import RunConfig, config_to_dict
 from umtrain.console import Console, format_duration
 from umtrain.console import Task as Work
 from umtrain.data.loader import Batch, Loader
@@ -29,6 +29,7 @@ from umtrain.errors import DataError, RunError
 from umtrain.logger import RunLogger
 from umtrain.memory.allocator import giving_back
 from umtrain.memory.base import Strategy
+from umtrain.optimization import create_optimizer, create_schedule
 from umtrain.parallel.ranks import Ranks
 from umtrain.progress import Progress, Step, StepLog
 from umtrain.randomness import random_state, restore_random_state
@@ -497,52 +498,6 @@ class _BufferCopy:
         with torch.no_grad():
             for buffer, copy in self._pairs:
                 buffer.copy_(copy)
-
-
-def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW or SGD; vectors (norms, biases) are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "params": [parameter for parameter in trained if parameter.ndim > 1],
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [parameter for parameter in trained if parameter.ndim <= 1],
-            "weight_decay": 0.0,
-        },
-    ]
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=True, fused=True
-        )
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-
-def create_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return warm-up then cosine or constant, stepped each update; or plateau, each epoch.
-
-    Plateau has no warm-up: it starts at the full rate and falls to 0.3 of it after 4 epochs
-    without a better validation.
-    """
-    if config.schedule == "plateau":
-        # Absolute: relative to a negative best (an AUC's), an equal value would count as better.
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=0.3, patience=3, threshold=1e-4, threshold_mode="abs"
-        )
-    warmup_steps = round(config.warmup_fraction * total_steps)
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        if config.schedule == "constant":
-            return 1.0
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * progress))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class _Inside:

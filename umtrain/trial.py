@@ -62,9 +62,10 @@ def train(config: RunConfig, n_steps: int) -> dict[str, Any]:
     from umtrain import tasks
     from umtrain.device import resolve_device, resolve_precision
     from umtrain.memory.allocator import recycle_large_buffers
+    from umtrain.optimization import create_optimizer
     from umtrain.planning.tracing import mean_square
     from umtrain.runner import create_strategy
-    from umtrain.training import autocast, create_optimizer, input_dtype
+    from umtrain.training import autocast, input_dtype
 
     recycle_large_buffers()
     device = resolve_device(config.device)

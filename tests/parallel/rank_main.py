@@ -26,6 +26,9 @@ from umtrain.parallel.world import World, entered
 from umtrain.streaming.module import Streamer
 from umtrain.streaming.running import Settings
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ram_host import RamHost
+
 DEVICE = sys.argv[4] if len(sys.argv) > 4 else "cpu"
 
 
@@ -353,39 +356,6 @@ def lose(world: World) -> str:
 def _input(rank: int, i: int) -> Tensor:
     generator = torch.Generator().manual_seed(10 * rank + i)
     return torch.randn(3, 4, generator=generator, dtype=torch.float64)
-
-
-class Done:
-    def wait(self) -> None:
-        pass
-
-
-class RamBlock:
-    def __init__(self, host: "RamHost", n_bytes: int) -> None:
-        self._host = host
-        self._content = torch.empty(n_bytes, dtype=torch.uint8)
-
-    def start_write(self, offset_bytes: int, source: Tensor) -> Done:
-        self._content[offset_bytes : offset_bytes + source.nbytes] = source
-        self._host.written_bytes += source.nbytes
-        return Done()
-
-    def start_read(self, offset_bytes: int, target: Tensor) -> Done:
-        target.copy_(self._content[offset_bytes : offset_bytes + target.nbytes])
-        return Done()
-
-
-class RamHost:
-    """Host memory that is a tensor."""
-
-    def __init__(self) -> None:
-        self.written_bytes = 0
-
-    def room_bytes(self) -> int:
-        return 2**50
-
-    def take(self, n_bytes: int) -> RamBlock:
-        return RamBlock(self, n_bytes)
 
 
 CASES = {
