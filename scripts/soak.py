@@ -18,6 +18,7 @@ Prints one line of JSON; the exit code is 1 if anything was left behind or a com
 
 import argparse
 import contextlib
+import getpass
 import json
 import os
 import random
@@ -38,6 +39,8 @@ from scipy import stats
 
 MIB = 2**20
 INTERVAL_S = 2.0
+# The user's one cache of torch, which importing it makes.
+TORCHS = f"tmp/torchinductor_{getpass.getuser()}"
 SMALL = ("dataset=wsi", "precision=fp32", "device=cpu", "cases=0", "optim=sgd")
 COMMANDS = {
     "steady": (
@@ -217,7 +220,7 @@ def _left_behind(folder: Path, sessions: set[int], shared_memory: set[str]) -> l
     while (alive := _alive(sessions)) and time.monotonic() < deadline_s:
         time.sleep(0.5)
     left = [f"process {name}" for name in alive]
-    left += sorted(_entries(folder / "spill") | _entries(folder / "tmp"))
+    left += sorted(_entries(folder / "spill") | _entries(folder / "tmp") - {str(folder / TORCHS)})
     left += sorted(_entries(Path("/dev/shm")) - shared_memory)
     left += [str(path) for path in (folder / "steady").rglob(".*")]
     return left

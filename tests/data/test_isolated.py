@@ -1,6 +1,10 @@
 import ctypes
 import math
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -89,3 +93,21 @@ def test_processes_end_with_the_iteration():
 
 def test_nothing_to_do_starts_nothing():
     assert list(map_isolated(math.sqrt, [], workers=2, limits=LIMITS)) == []
+
+
+def test_a_killed_process_leaves_no_file_of_its_readers(tmp_path):
+    code = (
+        "import os, signal\n"
+        "from umtrain.data.isolated import call_isolated\n"
+        "assert call_isolated(abs, -1) == 1\n"
+        "assert os.listdir(os.environ['TMPDIR'])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    deadline_s = time.monotonic() + 60
+    while (left := os.listdir(tmp_path)) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not left

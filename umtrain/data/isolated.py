@@ -220,7 +220,7 @@ def start_server(preload: str) -> ForkServerContext:
     See Note: [Readers are clean processes].
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload([preload, "umtrain.data.server_end"])
     forkserver.ensure_running()
     return context
 
