@@ -213,7 +213,10 @@ def _exactness_of(n_ranks, store, device):
     }  # fmt: skip
     for model, shape in (("resnet50", [3, 161, 97]), ("resunet35", [1, 192, 128])):
         cases[f"one image over all, {model}"] = {"case": "spread", "model": model, "shape": shape}
-    errors = {name: max(a["error"] for a in _ask(ranks, case)) for name, case in cases.items()}
+    errors = {}
+    for name, case in cases.items():
+        errors[name] = max(answer["error"] for answer in _ask(ranks, case))
+        print(f"{n_ranks} ranks, {name}: {errors[name]:.1e}", file=sys.stderr, flush=True)
     for rank in ranks:
         rank.communicate()
     return errors

@@ -108,6 +108,6 @@ def test_a_killed_process_leaves_no_file_of_its_readers(tmp_path):
     )
     assert killed.returncode == -signal.SIGKILL
     deadline_s = time.monotonic() + 60
-    while (left := os.listdir(tmp_path)) and time.monotonic() < deadline_s:
+    while (left := list(tmp_path.iterdir())) and time.monotonic() < deadline_s:
         time.sleep(0.1)
     assert not left
