@@ -218,7 +218,9 @@ def _exactness_of(n_ranks, store, device):
         errors[name] = max(answer["error"] for answer in _ask(ranks, case))
         print(f"{n_ranks} ranks, {name}: {errors[name]:.1e}", file=sys.stderr, flush=True)
     for rank in ranks:
-        rank.communicate()
+        rank.stdin.close()  # of all, before any is waited for: they leave NCCL together
+    for rank in ranks:
+        rank.wait()
     return errors
 
 

@@ -131,7 +131,7 @@ def _progress(console: Console) -> Iterator[Any]:
 
         def update(done: int, total: int, note: str) -> None:
             if not bars:
-                console.say("measuring this machine, once (about half a minute)")
+                console.say("measuring this machine, once (a minute or two)")
                 bars.append(stack.enter_context(console.task("calibrating", total)))
             bars[0].update(done, note)
 

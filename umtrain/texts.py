@@ -68,7 +68,7 @@ COMMANDS = {
         "[calibrate=true] [out=DIR] [key=value …]",
         "predict memory, traffic and time of each strategy, without training or data",
         "Needs no manifest; with one it says what an epoch takes. This machine is measured once, "
-        "in about half a minute, and the figures are kept; calibrate=true measures again. "
+        "in a minute or two, and the figures are kept; calibrate=true measures again. "
         "device= also takes a profile of another machine; dataset.aspect any shape of slide. "
         "Several values of res, or out=DIR, write plan.json and plan.png.\n"
         f"Profiles: {', '.join(group_options('device_profile'))}",

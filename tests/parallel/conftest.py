@@ -46,8 +46,11 @@ class Crew:
         return [json.loads(answer) if answer else None for answer in answers]
 
     def close(self) -> None:
+        for rank in self._ranks:  # of all, before any is waited for: they end together
+            if rank.stdin is not None:
+                rank.stdin.close()
         for rank in self._ranks:
-            rank.communicate()
+            rank.wait()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from umtrain.errors import ConfigError
+from umtrain.planning import calibration
 from umtrain.planning.calibration import calibrated, local_profile, machine_key
 from umtrain.planning.profile import load_profile
 from umtrain.planning.seconds import operation_seconds
@@ -85,6 +86,26 @@ def test_every_figure_is_positive_and_finite(profile):
 def test_a_step_that_was_timed_can_be_predicted(profile):
     seconds = [operation_seconds(operation, profile) for operation in a_step().operations]
     assert all(0 < each < 1 for each in seconds)
+
+
+def test_a_slow_machine_times_some_convolutions_and_interpolates(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "_CONVOLUTIONS_S", {True: 0.0, False: 0.0})
+    told = []
+    slow = calibrated(
+        CPU,
+        tmp_path,
+        lambda: [a_step()],
+        spill_dir=None,
+        again=False,
+        progress=lambda done, total, note: told.append((done, total)),
+    )
+    timed = [(s.dtype, s.phase) for s in slow.convolution_samples]
+    assert sorted(timed) == sorted(
+        (d, p) for d in ("bf16", "fp32") for p in ("forward", "backward")
+    )
+    assert all(0 < operation_seconds(each, slow) < 1 for each in a_step().operations)
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1]
 
 
 def test_progress_is_told_up_to_the_end(profile, told):

@@ -59,8 +59,11 @@ def test_refuses_with_the_least_of_all_strategies(resnet):
 def test_host_memory_counts_too(resnet):
     poor = dataclasses.replace(with_memory(16 * GIB), host_bytes=2**20)
     options = Options.parse(device_budget="700MiB")
-    with pytest.raises(OutOfMemoryError):
-        choose(resnet, poor, options, ["lms"])
+    with pytest.raises(OutOfMemoryError, match=r"in the place of 1\.00 MiB") as refused:
+        choose(resnet, poor, options, ["stream", "lms"])
+    needed = str(refused.value).split(" would with ")[1].split(" of host")[0]
+    enough = dataclasses.replace(poor, host_bytes=parse_bytes(needed.replace(" ", "")) + 2**20)
+    assert choose(resnet, enough, options, ["stream", "lms"]).prediction.fits
 
 
 def test_a_network_that_cannot_be_streamed_gets_the_best_of_the_others():

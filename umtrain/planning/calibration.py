@@ -1,10 +1,11 @@
-"""This machine's profile, measured once in about half a minute and kept.
+"""This machine's profile, measured once in a minute or two and kept.
 
 The real kernels are timed, through torch: the convolutions of given steps, forward and backward;
 passes over feature maps in the cache and out of it; the first touch of fresh memory; the spill
-disk, or the link to pinned memory. Each figure is the median of a few runs after one that is left
-out. What was measured is kept in a file under a name made of the processor, torch's version, its
-threads and the kernel, so that another machine or version measures its own.
+disk, or the link to pinned memory. A slow machine times a part of the convolutions, drawn at
+random, and interpolates between those. Each figure is the median of a few runs after one that is
+left out. What was measured is kept in a file under a name made of the processor, torch's version,
+its threads and the kernel, so that another machine or version measures its own.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import psutil
@@ -48,6 +50,9 @@ _PASS_BYTES = (2 * 2**20, 2**27)  # in a processor's cache, and far out of it
 _CHANNELS = 64
 _N_BLOCKS, _SMALL_PX = 20, 4
 _PROBE_BYTES = 2**28
+# Seconds after which no further convolution of a precision is timed: one that the processor has
+# instructions for, and one that it imitates, tens of times slower.
+_CONVOLUTIONS_S = {True: 60.0, False: 10.0}
 _TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Read-ahead of a mapped file on Linux; a fault of a page that is not there reads this much.
 _READ_AHEAD_BYTES = 128 * 2**10
@@ -142,13 +147,21 @@ def calibrate(
 ) -> Profile:
     """Measure this machine. See `calibrated`."""
     shapes = _distinct_convolutions(steps)
+    Random(0).shuffle(shapes)
     passes = [(d, n) for d in _TORCH_DTYPES for n in _PASS_BYTES]
-    n_done, n_all = 0, len(shapes) + len(passes) + 2
+    n_done, n_all = 0, len(_TORCH_DTYPES) * len(shapes) + len(passes) + 2
+    native_bf16 = device.type == "cuda" or cpu_has_bf16()
     convolutions: list[ConvolutionSample] = []
-    for dtype, shape, has_source_gradient in shapes:
-        progress(n_done, n_all, f"convolution {dtype}")
-        convolutions += _time_convolution(dtype, shape, has_source_gradient, device)
-        n_done += 1
+    for i, dtype in enumerate(_TORCH_DTYPES):
+        n_done = i * len(shapes)
+        end_s = time.monotonic() + _CONVOLUTIONS_S[native_bf16 or dtype != "bf16"]
+        for shape, has_source_gradient in shapes:
+            progress(n_done, n_all, f"convolution {dtype}")
+            convolutions += _time_convolution(dtype, shape, has_source_gradient, device)
+            n_done += 1
+            if time.monotonic() > end_s:
+                break
+    n_done = len(_TORCH_DTYPES) * len(shapes)
     pass_samples: list[PassSample] = []
     for dtype, n_bytes in passes:
         progress(n_done, n_all, f"passes {dtype}")
@@ -172,17 +185,15 @@ def calibrate(
         matrix_flops_per_s={dtype: _matrix_rate(dtype, device) for dtype in _TORCH_DTYPES},
         launch_s=_launch_s(device),
         migration=_migration(kind),
-        native_bf16=kind == "cuda" or cpu_has_bf16(),
+        native_bf16=native_bf16,
         first_touch_s_per_byte=memory.first_touch_s_per_byte,
         convolution_samples=tuple(convolutions),
         pass_samples=tuple(pass_samples),
     )
 
 
-def _distinct_convolutions(
-    steps: Iterable[StepTrace],
-) -> list[tuple[str, Convolution, bool]]:
-    """Return each convolution once: dtype, shape, whether its input has a gradient."""
+def _distinct_convolutions(steps: Iterable[StepTrace]) -> list[tuple[Convolution, bool]]:
+    """Return each convolution once, and whether its input has a gradient."""
     with_gradient: dict[Convolution, bool] = {}
     for step in steps:
         for operation in step.operations:
@@ -191,7 +202,7 @@ def _distinct_convolutions(
                 continue
             flops = _flops(shape)
             with_gradient[shape] = with_gradient.get(shape, False) or operation.flops > 1.5 * flops
-    return [(dtype, s, g) for dtype in _TORCH_DTYPES for s, g in with_gradient.items()]
+    return list(with_gradient.items())
 
 
 def _flops(shape: Convolution) -> float:

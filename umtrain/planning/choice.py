@@ -81,7 +81,7 @@ def choose(
     fitting = [each for each in considered if each.fits and each.step_s is not None]
     if not fitting:
         known = [predict(subject, name, profile, options) for name in names]
-        raise OutOfMemoryError(_least_text(known, limit_bytes, options))
+        raise OutOfMemoryError(_least_text(known, considered, profile, options))
     return Choice(_fastest(fitting), tuple(considered), limit_bytes)
 
 
@@ -112,18 +112,42 @@ def _step_s(prediction: Prediction) -> float:
     return prediction.step_s
 
 
-def _least_text(considered: Sequence[Prediction], limit_bytes: int, options: Options) -> str:
-    known = [each for each in considered if each.least_budget_bytes is not None]
+def _least_text(
+    predicted: Sequence[Prediction],
+    careful: Sequence[Prediction],
+    profile: Profile,
+    options: Options,
+) -> str:
+    """Return what would do: more of what the device has, or more host memory.
+
+    `careful` are the predictions that the choice was made by, with the margin.
+    """
+    limit_bytes = options.device_budget_bytes or profile.device_bytes
     what = "memory.device_budget" if options.device_budget_bytes else "what the device has"
-    start = f"memory=auto: no strategy fits in {format_bytes(limit_bytes)} ({what})"
-    if not known:
-        return f"{start}; lower res or batch_size"
-    least = min(known, key=_least_bytes)
-    needed = format_bytes(_least_bytes(least))
-    return (
-        f"{start}; {least.strategy} needs the least, predicted {needed}: give it that, or lower "
-        "res or batch_size"
-    )
+    parts = [f"memory=auto: no strategy fits in {format_bytes(limit_bytes)} ({what})"]
+    short = [each for each in careful if each.least_host_bytes is not None]
+    if short:
+        host_bytes = options.host_budget_bytes or profile.host_bytes
+        least = min(short, key=lambda each: each.least_host_bytes or 0)
+        needed = format_bytes(math.ceil((least.least_host_bytes or 0) / MARGIN))
+        parts.append(
+            f"{least.strategy} would with {needed} of host memory in the place of "
+            f"{format_bytes(host_bytes)} ({_host_words(profile, options)})"
+        )
+    known = [each for each in predicted if each.least_budget_bytes is not None]
+    if known:
+        least = min(known, key=_least_bytes)
+        needed = format_bytes(_least_bytes(least))
+        parts.append(f"{least.strategy} needs the least, predicted {needed}: give it that")
+    return f"{'; '.join(parts)}{', or' if known else ';'} lower res or batch_size"
+
+
+def _host_words(profile: Profile, options: Options) -> str:
+    if options.host_budget_bytes is not None:
+        return "raise memory.host_budget"
+    if profile.kind == "cpu":
+        return "free that on its disk, or name another by memory.spill_dir"
+    return "RAM"
 
 
 def _least_bytes(prediction: Prediction) -> int:

@@ -11,6 +11,7 @@ from umtrain.planning.streamed import least_stream_bytes, plan_stream
 from umtrain.planning.subject import Subject
 from umtrain.planning.usage import Usage
 from umtrain.streaming.building import UnstreamableError
+from umtrain.streaming.plan import HostTooSmallError
 from umtrain.units import format_bytes
 
 
@@ -20,8 +21,9 @@ class Prediction:
 
     Memory is what `umtrain.memory.stats.MemoryStats` calls by the same names. `compute_s` is the
     kernels' time, `copy_or_fault_s` what compute waits for on top, `step_s` all of it.
-    `least_budget_bytes` is the smallest memory.device_budget that runs. What cannot be predicted is
-    None; `why` says so, or why it does not fit.
+    `least_budget_bytes` is the smallest memory.device_budget that runs, `least_host_bytes` the host
+    memory that would do where device memory would and host memory is short. What cannot be
+    predicted is None; `why` says so, or why it does not fit.
     """
 
     strategy: str
@@ -35,6 +37,7 @@ class Prediction:
     copy_or_fault_s: float | None = None
     step_s: float | None = None
     least_budget_bytes: int | None = None
+    least_host_bytes: int | None = None
 
 
 def predict(subject: Subject, strategy: str, profile: Profile, options: Options) -> Prediction:
@@ -85,12 +88,15 @@ def _judged(setting: Setting, strategy: str, usage: Usage) -> Prediction:
         copy_or_fault_s=usage.stall_s,
         step_s=compute_s + usage.stall_s,
         least_budget_bytes=least,
+        least_host_bytes=_least_host_bytes(setting, peak_bytes, usage.host_peak_bytes),
     )
 
 
 def _streamed(setting: Setting) -> Prediction:
     try:
         planned = plan_stream(setting)
+    except HostTooSmallError as error:
+        return Prediction(STREAM, fits=False, why=str(error), least_host_bytes=error.needed_bytes)
     except OutOfMemoryError as error:
         return Prediction(
             STREAM, fits=False, why=str(error), least_budget_bytes=_least_of_stream(setting)
@@ -107,6 +113,9 @@ def _streamed(setting: Setting) -> Prediction:
         compute_s=planned.compute_s,
         copy_or_fault_s=planned.stall_s,
         step_s=planned.compute_s + planned.stall_s,
+        least_host_bytes=_least_host_bytes(
+            setting, planned.device_peak_bytes, planned.host_peak_bytes
+        ),
     )
 
 
@@ -116,6 +125,11 @@ def _least_of_stream(setting: Setting) -> int | None:
         return least_stream_bytes(setting)
     except OutOfMemoryError:
         return None
+
+
+def _least_host_bytes(setting: Setting, device_bytes: int, host_bytes: int) -> int | None:
+    is_short = host_bytes > setting.host_limit_bytes
+    return host_bytes if is_short and device_bytes <= setting.limit_bytes else None
 
 
 def _why(setting: Setting, device_bytes: int, host_bytes: int) -> str:

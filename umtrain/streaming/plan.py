@@ -124,12 +124,7 @@ def make_plan(
             break
     if not plans:
         if least_host_bytes is not None and host_room_bytes is not None:
-            raise OutOfMemoryError(
-                f"host memory would run out: feature maps need at least "
-                f"{format_bytes(least_host_bytes)} of it and it has "
-                f"{format_bytes(host_room_bytes())}; raise memory.host_budget or "
-                "memory.device_budget, choose another memory.spill_dir, or lower res"
-            )
+            raise HostTooSmallError(least_host_bytes, host_room_bytes())
         assert budget_bytes is not None
         assert least_bytes is not None
         raise NoPlanError(budget_bytes, least_bytes)
@@ -144,6 +139,18 @@ class NoPlanError(OutOfMemoryError):
         super().__init__(
             f"feature maps need at least {format_bytes(least_bytes)} of device memory at once; "
             f"{format_bytes(max(0, budget_bytes))} are left for them"
+        )
+
+
+class HostTooSmallError(OutOfMemoryError):
+    """Host memory has not the room for what has to be put out; `needed_bytes` would do."""
+
+    def __init__(self, needed_bytes: int, room_bytes: int) -> None:
+        self.needed_bytes = needed_bytes
+        super().__init__(
+            f"host memory would run out: feature maps need at least {format_bytes(needed_bytes)} "
+            f"of it and it has {format_bytes(room_bytes)}; raise memory.host_budget or "
+            "memory.device_budget, choose another memory.spill_dir, or lower res"
         )
 
 
