@@ -182,7 +182,10 @@ def calibrate(
         out_bytes_per_s=link[0],
         in_bytes_per_s=link[1],
         memory_bytes_per_s=memory.bytes_per_s,
-        matrix_flops_per_s={dtype: _matrix_rate(dtype, device) for dtype in _TORCH_DTYPES},
+        matrix_flops_per_s={
+            "bf16": _matrix_rate("bf16", device, is_native=native_bf16),
+            "fp32": _matrix_rate("fp32", device, is_native=True),
+        },
         launch_s=_launch_s(device),
         migration=_migration(kind),
         native_bf16=native_bf16,
@@ -321,8 +324,8 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start_s
 
 
-def _matrix_rate(dtype: str, device: torch.device) -> float:
-    side = 8192 if device.type == "cuda" else 1536
+def _matrix_rate(dtype: str, device: torch.device, *, is_native: bool) -> float:
+    side = 8192 if device.type == "cuda" else 1536 if is_native else 192
     a = torch.randn(side, side, device=device).to(_TORCH_DTYPES[dtype])
     return float(2 * side**3 / median_s(lambda: a @ a, device))
 
