@@ -14,6 +14,7 @@ from umtrain.config import sweep_axes
 from umtrain.console import Console, format_duration
 from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.files import write_json
+from umtrain.parallel.gradients import BUCKET_BYTES
 from umtrain.plan_subject import (
     Planned,
     Words,
@@ -23,6 +24,7 @@ from umtrain.plan_subject import (
     with_rows,
 )
 from umtrain.planning.choice import choose
+from umtrain.planning.data_parallel import Scaling, scale_out
 from umtrain.planning.predict import Prediction, predict
 from umtrain.planning.profile import Profile
 from umtrain.planning.spread import Spread, spread_rows
@@ -74,6 +76,7 @@ def plan(words: list[str], console: Console) -> int:
         f"{format_bytes(profile.device_bytes)}, host memory {format_bytes(profile.host_bytes)}"
     )
     rows: list[dict[str, Any]] = []
+    scalings: dict[str, Any] = {}
     autos: dict[str, str] = {}
     for size in request.sizes:
         planned = request.words.planned(profile, f"res={size}")
@@ -90,8 +93,16 @@ def plan(words: list[str], console: Console) -> int:
         spreads = _spread(request, planned)
         if spreads:
             console.show(spread_table(spreads, planned))
+        fastest = _fastest(predictions)
+        scaling = _scaling(fastest, planned)
+        if fastest is not None and scaling:
+            console.show(scaling_table(scaling, fastest.strategy, planned))
+        scalings[size] = {
+            "strategy": None if fastest is None else fastest.strategy,
+            "devices": [dataclasses.asdict(each) for each in scaling],
+        }
         rows += [_row(planned, prediction, epoch) for prediction in predictions]
-    _write(request, profile, rows, autos, console)
+    _write(request, profile, rows, {"auto": autos, "scaling": scalings}, console)
     return 0
 
 
@@ -201,6 +212,24 @@ def spread_table(spreads: list[Spread], planned: Planned) -> Table:
     return table
 
 
+def scaling_table(scaling: list[Scaling], strategy: str, planned: Planned) -> Table:
+    """Return what many devices do, each with images of its own."""
+    table = Table(title=f"predicted: {planned.title} on each device, memory={strategy}")
+    for name in ("devices", "each sends, GiB", "waits", "step", "images/s", "efficiency"):
+        table.add_column(name, justify="right")
+    for s in scaling:
+        cells = (
+            str(s.n_devices),
+            _gib(s.exchanged_bytes),
+            text_of_seconds(s.waits_s),
+            text_of_seconds(s.step_s),
+            f"{s.images_per_s:.3g}",
+            f"{s.efficiency:.2f}",
+        )
+        table.add_row(*map(Text, cells))
+    return table
+
+
 def _gib(n_bytes: float | None) -> str:
     return _NOTHING if n_bytes is None else f"{n_bytes / 2**30:.2f}"
 
@@ -229,6 +258,19 @@ def _spread(request: Request, planned: Planned) -> list[Spread]:
     )
 
 
+def _fastest(predictions: list[Prediction]) -> Prediction | None:
+    fitting = [each for each in predictions if each.fits and each.step_s is not None]
+    return min(fitting, key=lambda each: each.step_s or math.inf, default=None)
+
+
+def _scaling(fastest: Prediction | None, planned: Planned) -> list[Scaling]:
+    """Return what several devices do under parallel=data; nothing for a machine of one."""
+    profile, config = planned.profile, planned.config
+    if fastest is None or profile.n_devices == 1 or config.parallel != "data":
+        return []
+    return scale_out(fastest, planned.subject, config.batch_size, profile, BUCKET_BYTES)
+
+
 def _row(planned: Planned, prediction: Prediction, epoch: _Epoch) -> dict[str, Any]:
     config = planned.config
     return {
@@ -249,7 +291,7 @@ def _write(
     request: Request,
     profile: Profile,
     rows: list[dict[str, Any]],
-    autos: dict[str, str],
+    more: dict[str, Any],
     console: Console,
 ) -> None:
     folder = request.out
@@ -264,7 +306,7 @@ def _write(
     device = dataclasses.asdict(profile)
     for key in ("convolution_samples", "pass_samples"):
         del device[key]
-    document = {"kind": "prediction", "profile": device, "auto": autos, "rows": rows}
+    document = {"kind": "prediction", "profile": device, **more, "rows": rows}
     write_json(folder / PLAN_NAME, document)
     title = f"predicted for {profile.title}"
     plan_plot(folder / PICTURE_NAME, rows, title)

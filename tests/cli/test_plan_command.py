@@ -87,6 +87,17 @@ def test_a_slide_of_any_shape_is_planned_on_a_node(umtrain, tmp_path):
     (row,) = plan_of(tmp_path / "out")["rows"]
     assert row["input_shape"] == [3, 100000, 49984]
     assert "rows spread over devices" in done.stdout
+    scaling = plan_of(tmp_path / "out")["scaling"]["100000"]
+    assert scaling["strategy"] in (None, "stream")
+
+
+def test_a_node_is_planned_for_as_part_of_many(umtrain, tmp_path):
+    words = ("res=512", "device=h100_node", "memory=vanilla", "precision=bf16", "out=out")
+    done = umtrain("plan", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scaling = plan_of(tmp_path / "out")["scaling"]["512"]
+    assert [row["n_devices"] for row in scaling["devices"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert "on each device, memory=vanilla" in done.stdout
 
 
 def test_an_epoch_takes_as_many_steps_as_the_manifest_has_batches(umtrain, slides, tmp_path):

@@ -20,7 +20,16 @@ from umtrain.planning.profile import (
 from umtrain.planning.step import Convolution
 
 PATH = Path("somewhere.yaml")
-ASKED_FOR = {"v100_32gb", "a100_80gb", "h100_80gb", "h200", "rtx_4090", "gh200", "v100_node"}
+ASKED_FOR = {
+    "v100_32gb",
+    "a100_80gb",
+    "h100_80gb",
+    "h200",
+    "rtx_4090",
+    "gh200",
+    "v100_node",
+    "h100_node",
+}
 
 
 def values_of(name):
@@ -50,10 +59,17 @@ def test_every_number_stands_below_a_comment_that_says_where_it_is_from(name):
     assert max(map(len, text.splitlines())) <= 140
 
 
-def test_the_node_is_eight_of_its_gpu():
-    gpu, node = load_profile("v100_32gb"), load_profile("v100_node")
-    assert (node.n_devices, node.device_bytes) == (8, gpu.device_bytes)
-    assert node.host_bytes == 768 * 2**30
+@pytest.mark.parametrize(
+    ("gpu", "node", "host_bytes"),
+    [("v100_32gb", "v100_node", 768 * 2**30), ("h100_80gb", "h100_node", 2**41)],
+)
+def test_a_node_is_eight_of_its_gpu(gpu, node, host_bytes):
+    one, eight = load_profile(gpu), load_profile(node)
+    assert (eight.n_devices, eight.device_bytes) == (8, one.device_bytes)
+    assert eight.matrix_flops_per_s == one.matrix_flops_per_s
+    assert eight.efficiency == one.efficiency
+    assert eight.host_bytes == host_bytes
+    assert eight.network_bytes_per_s < eight.peer_bytes_per_s
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones():
