@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from umtrain import models
+from umtrain.memory.options import Options
+from umtrain.planning.predict import predict
 from umtrain.planning.profile import load_profile
+from umtrain.planning.seconds import operation_seconds
 from umtrain.planning.streaming_seconds import streaming_seconds
+from umtrain.planning.subject import Subject
 from umtrain.streaming.module import Streamer
 from umtrain.streaming.running import Settings
 
@@ -53,3 +57,17 @@ def test_maps_that_are_made_again_cost_time(kept):
     tight = compiled_for(2048, int(0.7 * kept.plan.arena_bytes))
     assert tight.plan.n_made_again > 0
     assert sum(seconds_of(tight)) > sum(seconds_of(kept))
+
+
+def test_convolutions_of_volumes_cost_what_they_do_in_an_ordinary_step():
+    model = torch.nn.Sequential(
+        torch.nn.Conv3d(16, 32, 3, padding=1, bias=False), torch.nn.BatchNorm3d(32)
+    ).to(memory_format=torch.channels_last_3d)
+    volume = torch.empty((1, 16, 32, 96, 96), device="cpu")
+    subject = Subject(model, volume, "fp32")
+    ordinary, streamed = (
+        predict(subject, name, PROFILE, Options(device="cuda")) for name in ("vanilla", "stream")
+    )
+    convolutions = [each for each in subject.trace().operations if each.convolution is not None]
+    least_s = sum(operation_seconds(each, PROFILE) for each in convolutions)
+    assert least_s < streamed.compute_s < 2 * ordinary.compute_s

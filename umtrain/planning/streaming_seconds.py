@@ -17,6 +17,7 @@ from umtrain.streaming.module import STRIP_BYTES
 from umtrain.streaming.plan import Plan
 from umtrain.streaming.program import Program, Segment
 from umtrain.streaming.schedule import Action
+from umtrain.streaming.volumes import InPlanes
 
 _DTYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
 # Passes over each source and output map in an action, counted in umtrain/streaming/forward.py and
@@ -60,20 +61,26 @@ def _action_s(program: Program, action: Action, profile: Profile) -> float:
     dtype = _DTYPES.get(segment.source_dtype.itemsize, "fp32")
     traffic = Operation("add", segment.name, "forward", dtype, 0.0, int(moved / 2), int(moved / 2))
     seconds = operation_seconds(traffic, profile)
-    if isinstance(segment.operation, operations.Convolution) and segment.out is not None:
-        phase: Phase = "backward" if backward else "forward"
-        seconds += operation_seconds(_convolution(program, segment, phase, dtype), profile)
+    phase: Phase = "backward" if backward else "forward"
+    convolution = _convolution(program, segment, phase, dtype)
+    if convolution is not None:
+        seconds += operation_seconds(convolution, profile)
     if profile.kind == "cuda":
         return max(_LAUNCHES_PER_ACTION * profile.launch_s, seconds)
     n_strips = math.ceil(max(source_bytes, output_bytes) / STRIP_BYTES["cpu"])
     return seconds + n_strips * _LAUNCHES_PER_STRIP * profile.launch_s
 
 
-def _convolution(program: Program, segment: Segment, phase: Phase, dtype: str) -> Operation:
-    assert isinstance(segment.operation, operations.Convolution)
-    assert segment.out is not None
+def _convolution(program: Program, segment: Segment, phase: Phase, dtype: str) -> Operation | None:
+    """Return a segment's convolution, if it has one; a volume's as it is before folding."""
+    operation = segment.operation
+    inner = operation.inner if isinstance(operation, InPlanes) else operation
+    if not isinstance(inner, operations.Convolution) or segment.out is None:
+        return None
     a_map = program.maps[segment.out]
     n_images, out_channels, *sides = a_map.shape
+    if isinstance(operation, InPlanes):
+        sides = [sides[0], *operation.out_plane]
     weight = getattr(segment.module, "weight", None)
     kernel = tuple(weight.shape[2:]) if isinstance(weight, Tensor) else (1, 1)
     in_channels = segment.source_shape[1]
@@ -81,8 +88,8 @@ def _convolution(program: Program, segment: Segment, phase: Phase, dtype: str) -
         in_channels=in_channels,
         out_channels=out_channels,
         kernel=kernel,
-        stride=segment.operation.stride,
-        groups=segment.operation.groups,
+        stride=inner.stride,
+        groups=inner.groups,
         output=(n_images, *sides),
     )
     source_bytes = math.prod(segment.source_shape) * segment.source_dtype.itemsize
