@@ -4,6 +4,7 @@
 the best epoch alone, for evaluation.
 """
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -52,9 +53,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         cause = _os_error(error)
         if cause is None:
             raise
+        is_full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
         raise RunError(
             f"{path}: the checkpoint could not be written ({cause.strerror}); earlier ones are "
-            "whole. Free some of that disk, then start the run again: it goes on from the last one"
+            f"whole. {'Free some of that disk' if is_full else 'Make that folder writable'}, then "
+            "start the run again: it goes on from the last one"
         ) from error
 
 

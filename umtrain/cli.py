@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(error)
         return error.exit_code
     except KeyboardInterrupt as error:
+        # Where it went through an exec of text, as imports have, Python means to end by SIGINT,
+        # whatever exit code it is given, until an exec has ended well.
+        exec("")
         if _rank() == 0:
             print(f"umtrain: {error if str(error) else 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -34,7 +34,10 @@ def _take(run_dir: Path) -> int:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise RunError(f"{run_dir}: cannot be written ({error.strerror})") from error
+            raise RunError(
+                f"{run_dir}: cannot be written ({error.strerror}); make it writable, or name "
+                "another folder"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

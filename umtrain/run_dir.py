@@ -101,7 +101,9 @@ def make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{run_dir}: cannot be made ({error.strerror})") from error
+        raise RunError(
+            f"{run_dir}: cannot be made ({error.strerror}); name a folder that can, with run_dir="
+        ) from error
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:

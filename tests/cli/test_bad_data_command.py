@@ -43,6 +43,10 @@ def kill_a_reader(trainer):
     os.kill(readers[0].pid, signal.SIGKILL)
 
 
+@pytest.mark.fault(
+    "a slide that turns unreadable, another that goes", "left out, listed, counted; exit 0"
+)
+@pytest.mark.fault("a reader killed in mid-epoch", "replaced, nothing lost; exit 0")
 def test_a_run_goes_on_without_what_turned_unreadable_and_says_so(own_slides, tmp_path):
     lost, gone = of_split(own_slides, "train")[1], of_split(own_slides, "test")[0]
     process = subprocess.Popen(
@@ -92,6 +96,7 @@ def test_a_run_goes_on_without_what_turned_unreadable_and_says_so(own_slides, tm
     assert {oct(p.stat().st_mode & 0o777) for p in written if p.is_dir()} == {"0o755"}
 
 
+@pytest.mark.fault("more bad images than dataset.max_bad_fraction", "exit 2, each listed")
 def test_a_run_stops_when_too_many_images_are_bad(own_slides, umtrain, tmp_path):
     for row in of_split(own_slides, "train")[:2]:
         cut_short(own_slides, row)

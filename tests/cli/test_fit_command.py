@@ -276,6 +276,7 @@ def test_out_of_memory_is_an_outcome_with_its_own_exit_code(
     assert why in record["reasons"]["test"]
 
 
+@pytest.mark.fault("a spill folder that is not there", "exit 2 before training")
 def test_a_spill_folder_that_cannot_be_used_ends_before_training(slides, umtrain, tmp_path):
     done = umtrain(
         *("fit", "res=64", "memory=lms", "memory.spill_dir=nowhere", "dataset.workers=0"),
@@ -302,6 +303,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.fault(
+    "a spill disk that fills up in mid-training", "exit 3, the last checkpoint is whole"
+)
 def test_a_spill_disk_that_fills_up_in_mid_training_leaves_the_last_checkpoint(slides, tmp_path):
     words = ("fit", "res=64", "epochs=3", "memory=lms", "memory.spill_dir=.", "dataset.workers=0")
     command = [sys.executable, "-c", _DISK_FILLS_UP, *words, f"dataset.manifest={slides}"]
@@ -322,6 +326,7 @@ def test_a_spill_disk_that_fills_up_in_mid_training_leaves_the_last_checkpoint(s
     assert "No space left on device" in record["reasons"]["status"]
 
 
+@pytest.mark.fault("Ctrl-C in mid-training", "exit 130, saved")
 def test_ctrl_c_ends_in_one_line_and_a_record(slides, tmp_path):
     process = subprocess.Popen(
         [

@@ -75,6 +75,7 @@ def images(found):
     }
 
 
+@pytest.mark.fault("an image that its reader dies of", "that image is left out, no other")
 @pytest.mark.parametrize("name", ["segv", "killed"])
 def test_only_the_image_that_its_reader_dies_of_is_lost(records, hostile, tmp_path, name):
     augment = SlideAugment()
@@ -106,6 +107,7 @@ def test_a_reader_killed_by_something_else_loses_nothing(records, hostile, tmp_p
     assert all(torch.equal(image, expected[i]) for i, image in found.items())
 
 
+@pytest.mark.fault("an image that is never read to its end", "given up in time, left out")
 def test_an_image_that_never_ends_is_given_up(radiographs, tmp_path):
     films = list(read_manifest(radiographs, "spine").records)
     os.mkfifo(tmp_path / "pipe.dcm")

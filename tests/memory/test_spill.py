@@ -55,6 +55,16 @@ def test_a_filesystem_without_enough_room_is_known_before_training(tmp_path):
         SpillFile(tmp_path, reserve_bytes=too_much)
 
 
+def test_a_disk_with_just_the_room_that_is_needed_is_used(tmp_path, in_own_mounts):
+    program = (
+        "import sys; from pathlib import Path; from umtrain.memory.spill import SpillFile;"
+        "SpillFile(Path(sys.argv[1]), reserve_bytes=2**20).close()"
+    )
+    mount = f"mount -t tmpfs -o size=4m none {tmp_path}"
+    done = in_own_mounts(mount, sys.executable, "-c", program, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """Return a function that lets the spill files of a strategy meet a full disk from now on."""

@@ -30,6 +30,7 @@ import psutil
 
 from umtrain.data.transfer import receive, send
 from umtrain.errors import DataError
+from umtrain.processes import deaf_to_interrupts
 from umtrain.units import format_bytes
 
 Argument = TypeVar("Argument")
@@ -221,7 +222,9 @@ def start_server(preload: str) -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload, "umtrain.data.server_end"])
-    forkserver.ensure_running()
+    # Sent to a whole group of processes they are for this one to answer, which needs its readers.
+    with deaf_to_interrupts():
+        forkserver.ensure_running()
     return context
 
 
@@ -263,9 +266,6 @@ def _serve(
     connection: Connection, function: Callable[[Argument], Result], memory_bytes: int
 ) -> None:
     """Answer calls until the other end is gone. Runs in the child."""
-    # Sent to a whole group of processes they are for the parent to answer, which needs its readers.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     _end_with_parent()
     # What a crash would leave behind is the image of a patient.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

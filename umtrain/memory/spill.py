@@ -124,10 +124,20 @@ class SpillFile:
         try:
             if n_bytes > target_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.posix_fallocate(self.fd, 0, target_bytes)
+            self._reserved_bytes = self._back(target_bytes, n_bytes)
         except OSError as error:
             raise self._no_room(n_bytes, error) from error
-        self._reserved_bytes = target_bytes
+
+    def _back(self, wanted_bytes: int, needed_bytes: int) -> int:
+        """Back the first `wanted_bytes` by disk space, or `needed_bytes`; return which it was."""
+        try:
+            os.posix_fallocate(self.fd, 0, wanted_bytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.posix_fallocate(self.fd, 0, needed_bytes)
+            return needed_bytes
+        return wanted_bytes
 
     def _no_room(self, n_bytes: int, error: OSError) -> OutOfMemoryError:
         free = os.statvfs(self.fd)

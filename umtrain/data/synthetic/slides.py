@@ -6,15 +6,15 @@ else from telling the classes apart.
 
 import csv
 import hashlib
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from umtrain.data.synthetic.processes import in_processes
 from umtrain.data.synthetic.pyramid import TILE_PX, write_pyramid
 from umtrain.data.synthetic.slide_render import SlideRenderer, rendered_strips
 from umtrain.data.synthetic.slide_scene import build_scene
@@ -104,26 +104,15 @@ def make_slides(
     for name in ("slides", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     threads = max(1, processes // max(n, 1))
-    workers = min(processes, n)
-    rows: dict[str, dict[str, str]] = {}
-    if workers <= 1:
-        for spec in specs:
-            rows[spec.slide_id] = _make_row(folder, spec, size, threads)
-            if progress is not None:
-                progress(len(rows), n)
-    else:
-        # Not forked: the caller may have threads running, and their locks would stay locked.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            jobs = [pool.submit(_make_row, folder, spec, size, threads) for spec in specs]
-            for job in as_completed(jobs):
-                row = job.result()
-                rows[row["slide_id"]] = row
-                if progress is not None:
-                    progress(len(rows), n)
+    make_row = partial(_make_row, folder, size=size, threads=threads)
+    rows: list[dict[str, str]] = []
+    for row in in_processes(make_row, specs, processes):
+        rows.append(row)
+        if progress is not None:
+            progress(len(rows), n)
     manifest = folder / "manifest.csv"
     with atomic_path(manifest) as part:
-        _write_rows(part, [rows[spec.slide_id] for spec in specs])
+        _write_rows(part, rows)
     return manifest
 
 
