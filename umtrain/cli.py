@@ -5,11 +5,13 @@ Nothing heavy is imported before the command is known: help answers at once.
 
 import errno
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from umtrain import __version__, texts
 from umtrain.errors import ConfigError, ManifestError, RankError, UmtrainError
@@ -42,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Where it went through an exec of text, as imports have, Python means to end by SIGINT,
         # whatever exit code it is given, until an exec has ended well.
         exec("")
-        if _rank() == 0:
-            print(f"umtrain: {error if str(error) else 'interrupted'}", file=sys.stderr)
+        _say_interrupted(str(error))
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; there is no one to tell.
@@ -61,6 +62,33 @@ def main(arguments: list[str] | None = None) -> int:
 def _rank() -> int:
     """Return which of several processes that train together this is; 0 if it is alone."""
     return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
+
+
+def _say_interrupted(how: str = "") -> None:
+    if _rank() == 0:
+        print(f"umtrain: {how or 'interrupted'}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _importing() -> Generator[None]:
+    """Have Ctrl-C end this process at once while it imports, and has touched nothing yet.
+
+    Native libraries call back into Python as they are imported: an exception there is one that they
+    do not expect, and abort on.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def end(number: int, frame: object) -> NoReturn:
+        _say_interrupted()
+        os._exit(EXIT_INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _complain(error: UmtrainError) -> None:
@@ -96,8 +124,9 @@ def _fit(words: list[str]) -> int:
         from umtrain.run_dir import continued_config
 
         config = continued_config(words)
-    from umtrain.parallel.world import joined
-    from umtrain.runner import fit
+    with _importing():
+        from umtrain.parallel.world import joined
+        from umtrain.runner import fit
 
     with joined(config.device):
         fit(config, _console())
@@ -105,7 +134,8 @@ def _fit(words: list[str]) -> int:
 
 
 def _sweep(words: list[str]) -> int:
-    from umtrain.sweep import sweep
+    with _importing():
+        from umtrain.sweep import sweep
 
     sweep(words, _console())
     return 0
@@ -125,8 +155,9 @@ def _eval(words: list[str]) -> int:
     if "cases" in given.values:
         changes["cases"] = given.integer("cases", 0, 0)
     run = given.values.get("run")
-    from umtrain.parallel.world import joined
-    from umtrain.runner import evaluate
+    with _importing():
+        from umtrain.parallel.world import joined
+        from umtrain.runner import evaluate
 
     with joined(given.values.get("device", "auto")):
         evaluate(Path(run).expanduser() if run else None, split, changes, _console())
@@ -134,25 +165,29 @@ def _eval(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> int:
-    from umtrain.plan_command import plan
+    with _importing():
+        from umtrain.plan_command import plan
 
     return plan(words, _console())
 
 
 def _limits(words: list[str]) -> int:
-    from umtrain.limits_command import limits
+    with _importing():
+        from umtrain.limits_command import limits
 
     return limits(words, _console())
 
 
 def _report(words: list[str]) -> int:
-    from umtrain.report_command import report
+    with _importing():
+        from umtrain.report_command import report
 
     return report(words, _console())
 
 
 def _data(words: list[str]) -> int:
-    from umtrain import data_commands
+    with _importing():
+        from umtrain import data_commands
 
     actions = {
         "make": data_commands.make,

@@ -78,3 +78,17 @@ def test_an_interrupt_within_an_exec_has_the_exit_code_of_every_other(tmp_path):
         [sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (130, "umtrain: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["torch", "scipy"])
+def test_an_interrupt_while_libraries_are_imported_ends_with_one_line(tmp_path, module):
+    def imports(process):
+        try:
+            maps = psutil.Process(process.pid).memory_maps(grouped=True)
+        except psutil.Error:
+            return True
+        return any(f"/{module}/" in each.path for each in maps)
+
+    code, complaint = interrupt(tmp_path, ("umtrain", "fit", "res=64"), imports)
+    assert (code, complaint) == (130, "umtrain: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
