@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from umtrain.data.check import check_manifest
 from umtrain.data.ct import CtVolume, read_ct
@@ -65,6 +66,15 @@ def test_shrinking_averages_rather_than_skips():
     hu[:, ::2] = 100
     shrunk = resample(CtVolume(hu, (1, 1, 1)), Grid(4, 8, 8))
     np.testing.assert_allclose(shrunk[:, 1:-1], 50, atol=2)
+
+
+def test_resampling_is_the_product_of_the_three_axes_weights():
+    hu = np.random.default_rng(0).integers(-1000, 1500, (7, 20, 31)).astype(np.int16)
+    weights = [axis_weights(n, m, n / m) for n, m in zip(hu.shape, (5, 33, 12), strict=True)]
+    expected = np.einsum("az,by,cx,zyx->abc", *weights, hu.astype(np.float64), optimize=True)
+    np.testing.assert_allclose(
+        resample(CtVolume(hu, (1, 1, 1)), Grid(5, 33, 12)), expected, atol=1e-2
+    )
 
 
 def test_a_window_spans_the_grey_scale():
@@ -135,6 +145,27 @@ def test_a_nodule_is_where_it_is_said_to_be_and_solid():
     without = make_thorax((60, 120, 120), (4.0, 3.0, 3.0), 5, positive=False)
     assert without.nodule is None
     assert np.mean(np.abs(without.hu - thorax.hu) > 200) < 0.002  # nothing else tells them apart
+
+
+def test_a_nodule_lies_in_aerated_lung_not_in_the_heart():
+    grid = ((48, 96, 96), (5.0, 3.8, 3.8))
+    for seed in range(30):
+        with_one, without = (make_thorax(*grid, seed, positive=p) for p in (True, False))
+        changed_mm3 = np.count_nonzero(np.abs(with_one.hu - without.hu) > 200) * np.prod(grid[1])
+        assert changed_mm3 > 0.6 * np.pi / 6 * with_one.nodule.diameter_mm**3, seed
+
+
+def test_brightness_does_not_give_the_label_away():
+    grid = ((30, 60, 60), (8.0, 6.2, 6.2))
+    drawn = [
+        (label, make_thorax(*grid, 2 * seed + label, positive=bool(label)).hu)
+        for seed in range(100)
+        for label in (0, 1)
+    ]
+    labels = [label for label, _ in drawn]
+    for figure in (np.mean, np.std, lambda hu: np.mean(hu > -300)):
+        auc = roc_auc_score(labels, [figure(hu) for _, hu in drawn])
+        assert 0.4 < auc < 0.6
 
 
 def test_formats_say_nothing_about_labels_and_splits():

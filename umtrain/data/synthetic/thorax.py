@@ -24,6 +24,8 @@ _LUNG_HU = (-890.0, -820.0)
 _NOISE_HU = 22.0
 _N_BRANCHES = 16
 _DECOY_SHARE = 0.5
+_N_PLACES = 8
+_AERATED_HU = -650.0
 _EDGE_MM = 1.2
 
 
@@ -107,12 +109,7 @@ class _Canvas:
 
     def capsule(self, start: Point, end: Point, radius_mm: float, hu: float) -> None:
         """Fill a tube with round ends, in the part of the grid that it touches."""
-        low = np.minimum(start, end) - radius_mm - _EDGE_MM
-        high = np.maximum(start, end) + radius_mm + _EDGE_MM
-        box = tuple(
-            slice(*np.searchsorted(axis, (low[at], high[at])))
-            for axis, at in zip(self._axes, (2, 1, 0), strict=True)
-        )
+        box = self._box(start, end, radius_mm + _EDGE_MM)
         x, y, z = self.x[:, :, box[2]], self.y[:, box[1]], self.z[box[0]]
         along = np.asarray(end - start, np.float32)
         dx, dy, dz = (axis - np.float32(s) for axis, s in zip((x, y, z), start, strict=True))
@@ -122,6 +119,17 @@ class _Canvas:
             (delta - share * step) ** 2 for delta, step in zip((dx, dy, dz), along, strict=True)
         ]
         self.fill(np.sqrt(sum(squares)) - np.float32(radius_mm), hu, box)
+
+    def mean_hu(self, center: Point, reach_mm: float) -> float:
+        """Return what is drawn so far in the cube that reaches so far from `center`."""
+        return float(self.hu[self._box(center, center, reach_mm)].mean())
+
+    def _box(self, start: Point, end: Point, reach_mm: float) -> tuple[slice, ...]:
+        low, high = np.minimum(start, end) - reach_mm, np.maximum(start, end) + reach_mm
+        return tuple(
+            slice(*np.searchsorted(axis, (low[at], high[at])))
+            for axis, at in zip(self._axes, (2, 1, 0), strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -196,8 +204,15 @@ def _decoy(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> None:
 
 
 def _nodule(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> Nodule:
-    center = lung.point(rng, 0.72)
+    """Draw a nodule in aerated lung: inside the heart, as bright as it is, it would be no finding.
+
+    Of a few places the first is taken that is free, or else the freest.
+    """
     diameter_mm = rng.uniform(*NODULE_DIAMETER_MM)
+    places = [lung.point(rng, 0.72) for _ in range(_N_PLACES)]
+    around_hu = [canvas.mean_hu(place, diameter_mm / 2) for place in places]
+    free = [at for at, hu in enumerate(around_hu) if hu < _AERATED_HU]
+    center = places[free[0] if free else int(np.argmin(around_hu))]
     canvas.ellipsoid(center, diameter_mm / 2 * rng.uniform(0.9, 1.1, 3), _NODULE)
     x, y, z = (float(value) for value in center)
     return Nodule((x, y, z), diameter_mm)
