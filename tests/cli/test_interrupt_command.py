@@ -25,8 +25,10 @@ def interrupt(folder, words, is_time):
     try:
         while process.poll() is None and not is_time(process):
             time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
         _, complaint = process.communicate(timeout=60)
+        assert psutil.wait_procs(family, timeout=20)[1] == []
     finally:
         process.kill()
         process.wait()

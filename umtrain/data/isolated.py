@@ -7,6 +7,7 @@ threads, CUDA) and its mappings, and Python 3.12 and later warn of it. The serve
 a child starts at once, and another one as soon after it has died.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -226,6 +227,17 @@ def start_server(preload: str) -> ForkServerContext:
     with deaf_to_interrupts():
         forkserver.ensure_running()
     return context
+
+
+def _end_server() -> None:
+    """End the server with this process: one that is still importing would notice only then."""
+    pid = vars(forkserver)["_forkserver"]._forkserver_pid
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+atexit.register(_end_server)
 
 
 def _work(child: _Child[Argument, Result], calls: _Calls[Argument, Result], n_tries: int) -> None:
