@@ -220,7 +220,8 @@ def _exactness_of(n_ranks, store, device):
     for rank in ranks:
         rank.stdin.close()  # of all, before any is waited for: they leave NCCL together
     for rank in ranks:
-        rank.wait()
+        with rank:  # waits, and closes what is left open
+            pass
     return errors
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from umtrain.errors import RunError
 from umtrain.files import write_atomic
@@ -44,6 +43,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     Raises RunError if the disk does not take it; what was at `path` before stays.
     """
+    import torch
+
     plain = _plain(state)
     try:
         path.parent.mkdir(exist_ok=True)
@@ -66,6 +67,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises RunError if the file is missing, damaged or holds anything but tensors and values.
     """
+    import torch
+
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         written = state.pop(_DIGEST)
@@ -138,6 +141,8 @@ def _digest(state: Any) -> str:
 
 
 def _add(value: Any, update: Callable[[Any], None]) -> None:
+    import torch
+
     if isinstance(value, torch.Tensor):
         update(f"{value.dtype}{tuple(value.shape)}".encode())
         update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())

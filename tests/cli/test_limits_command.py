@@ -29,7 +29,7 @@ def planned(umtrain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("limits")
     found = {}
     for memory in ("vanilla", "checkpoint"):
-        words = (f"memory={memory}", "memory.device_budget=4GiB", f"out={memory}")
+        words = (f"memory={memory}", "memory.device_budget=1GiB", f"out={memory}")
         done = umtrain("limits", *GPU, *words, cwd=folder)
         assert done.returncode == 0, done.stderr
         found[memory] = folder / memory
@@ -41,7 +41,7 @@ def test_the_limit_fits_and_the_next_size_does_not(planned, umtrain, tmp_path):
     assert document["kind"] == "prediction"
     res = largest["vanilla"]
     assert res % 64 == 0
-    words = (*GPU, "memory=vanilla", "memory.device_budget=4GiB", f"res={res},{res + 64}")
+    words = (*GPU, "memory=vanilla", "memory.device_budget=1GiB", f"res={res},{res + 64}")
     done = umtrain("plan", *words, "out=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "plan.json").read_text())["rows"]
@@ -56,14 +56,14 @@ def test_recomputing_takes_larger_images(planned):
 
 
 def test_the_largest_batch_is_found_too(umtrain, tmp_path):
-    words = ("of=batch_size", "res=512", "memory=vanilla", "memory.device_budget=4GiB", "out=out")
+    words = ("of=batch_size", "res=256", "memory=vanilla", "memory.device_budget=1GiB", "out=out")
     done = umtrain("limits", *GPU, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert limits_of(tmp_path / "out")[1]["vanilla"] > 1
 
 
 def test_with_measure_real_steps_decide(umtrain, tmp_path):
-    words = ("memory=vanilla", "memory.device_budget=400MiB", "out=out")
+    words = ("memory=vanilla", "memory.device_budget=108MiB", "out=out")
     done = umtrain("limits", *TRIAL, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document, largest = limits_of(tmp_path / "out")

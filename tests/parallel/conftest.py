@@ -50,7 +50,8 @@ class Crew:
             if rank.stdin is not None:
                 rank.stdin.close()
         for rank in self._ranks:
-            rank.wait()
+            with rank:  # waits, and closes what is left open
+                pass
 
 
 @pytest.fixture(scope="session")
