@@ -75,43 +75,33 @@ def test_vdnn_conv_frees_an_input_that_another_layer_had_saved_first():
     strategy.close()
 
 
-# Maps of 64 MiB: more than glibc gives the heap of any thread but the first.
-_FAULTS_PROGRAM = """
-import resource
+# Maps of 64 MiB. Freed ones make holes that the next do not fit; without a limit the heap holds
+# twenty of them after a few steps.
+_HOLES_PROGRAM = """
 import torch
 from torch import nn
 from umtrain import memory
 from umtrain.memory.allocator import recycle_large_buffers
-from umtrain.memory.linux import PAGE_BYTES
 
-def faulted_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * PAGE_BYTES
-
-torch.set_num_threads(1)
 recycle_large_buffers()
 model = nn.Sequential(*(nn.Tanh() for _ in range(6)))
 x = torch.randn(1, 16, 1024, 1024, requires_grad=True)
 strategy = memory.create("lms")
 strategy.prepare(model, x)
-# Until the heap has met the largest window of copies in; the scheduler decides when that is.
-faulted = []
-for _ in range(10):
-    before = faulted_bytes()
+for _ in range(6):
     with strategy.step():
         model(x).sum().backward()
-    faulted.append(faulted_bytes() - before)
-print(min(faulted), strategy.stats().swapped_in_bytes)
+print(strategy.stats().device_peak_bytes, x.nbytes)
 strategy.close()
 """
 
 
-def test_copies_in_use_memory_again_that_was_used_before():
-    command = [sys.executable, "-c", _FAULTS_PROGRAM]
+def test_holes_in_the_heap_do_not_eat_what_swapping_saves():
+    command = [sys.executable, "-c", _HOLES_PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    faulted_bytes, swapped_in_bytes = map(int, done.stdout.split())
-    assert swapped_in_bytes >= 5 * 64 * 2**20
-    assert faulted_bytes < swapped_in_bytes / 2
+    peak_bytes, map_bytes = map(int, done.stdout.split())
+    assert peak_bytes < 13 * map_bytes
 
 
 @pytest.fixture

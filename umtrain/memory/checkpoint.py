@@ -17,12 +17,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from umtrain.memory.allocator import HeapHoles
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import block_names, group_limit_bytes
 from umtrain.memory.options import Options
 from umtrain.memory.working_set import (
     LayerUse,
     WorkingSets,
+    leaf_modules,
     measure_working_sets,
     working_set_bytes,
 )
@@ -37,7 +39,13 @@ class Checkpoint(Strategy):
     name: ClassVar[str] = "checkpoint"
 
     def _attach(self, model: nn.Module, sample_batch: Any) -> nn.Module:
+        measured = measure_working_sets(model, sample_batch)
         self._cleanup.enter_context(recomputing(model, sample_batch, self.options))
+        if self.options.device == "cpu":
+            holes = HeapHoles(measured.largest_saved_bytes)
+            for _, layer in leaf_modules(model):
+                hook = layer.register_forward_pre_hook(lambda *_: holes.limit())
+                self._cleanup.callback(hook.remove)
         return model
 
 

@@ -159,6 +159,15 @@ def process_status() -> dict[str, int]:
     return {key.rstrip(":"): int(value) * 1024 for key, value, _ in sizes}
 
 
+def rss_bytes() -> int:
+    """Return the resident set, for asking often; 0 on another system than Linux."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as stream:  # noqa: PTH123 (its overhead)
+            return int(stream.read().split()[1]) * PAGE_BYTES
+    except OSError:
+        return 0
+
+
 def data_bytes() -> int:
     """Return the private writable memory of this process, which RLIMIT_DATA caps."""
     return int(Path("/proc/self/statm").read_text().split()[5]) * PAGE_BYTES

@@ -24,7 +24,7 @@ class LargeModelSupport(HookedStrategy):
     name: ClassVar[str] = "lms"
 
     def _create_mover(self, model: nn.Module, measured: WorkingSets) -> Mover:
-        channel = create_channel(self.options, measured.saved_bytes, self.trace)
+        channel = create_channel(self.options, measured, self.trace)
         self._cleanup.callback(channel.close)
         window_bytes = self.options.prefetch_depth * measured.largest_saved_bytes
         self._swapper = Swapper(channel, window_bytes, self._meter, self.trace)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from umtrain.memory.allocator import HeapHoles
 from umtrain.memory.io_threads import start_io_threads
 from umtrain.memory.layout import Layout, span_of
 from umtrain.memory.spill import SpillBlock, SpillFile
@@ -58,6 +59,7 @@ class FileCopy(HostCopy):
 
     def start_in(self) -> None:
         """See `HostCopy`."""
+        self._channel.holes.limit()
         # See Note: [Room is allocated by the thread that computes]
         room = torch.empty(self._layout.room_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
         shift = self._offset - self._layout.lead_bytes - room.data_ptr()
@@ -90,10 +92,16 @@ class FileChannel(Channel):
     """The spill file, one thread writing, one reading."""
 
     def __init__(
-        self, directory: Path | None, reserve_bytes: int, limit_bytes: int | None, trace: Trace
+        self,
+        directory: Path | None,
+        reserve_bytes: int,
+        limit_bytes: int | None,
+        trace: Trace,
+        holes: HeapHoles,
     ) -> None:
         self._spill = SpillFile(directory, reserve_bytes, limit_bytes, is_direct=True)
         self.trace = trace
+        self.holes = holes
         self.outward = start_io_threads("swap-out")
         self.inward = start_io_threads("swap-in")
 
@@ -103,6 +111,7 @@ class FileChannel(Channel):
 
     def reserve(self, layout: Layout) -> FileCopy:
         """See `Channel`."""
+        self.holes.limit()
         lead_bytes = ALIGNMENT_BYTES if is_large(layout) else layout.lead_bytes
         block = self._spill.take(layout.span_bytes + lead_bytes)
         return FileCopy(self, block, layout)

@@ -46,7 +46,7 @@ class Vdnn(HookedStrategy):
     name: ClassVar[str] = "vdnn"
 
     def _create_mover(self, model: nn.Module, measured: WorkingSets) -> Mover:
-        channel: Channel = create_channel(self.options, measured.saved_bytes, self.trace)
+        channel: Channel = create_channel(self.options, measured, self.trace)
         self._cleanup.callback(channel.close)
         self._swapper = LayerInputSwapper(
             channel, measured.largest_saved_bytes, self._meter, self.trace

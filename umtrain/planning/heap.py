@@ -9,8 +9,7 @@ the smallest hole that fits and joins free neighbours (Lea, "A memory allocator"
 # leaves a fragment of some 48 bytes, which small objects take: such neighbours never join. A
 # freed buffer's place takes the next one of its size, but where a fragment at its end is needed to
 # align in and is taken. That is chance, drawn here from a seed. The shares were fitted to heaps of
-# ResNet-50 and ResUNet35, 256 to 2048 pixels, against logs of all their allocations; where
-# tensors are swapped, small objects are made while there are holes for them to lie in.
+# ResNet-50 and ResUNet35, 256 to 2048 pixels, against logs of all their allocations.
 """
 
 from bisect import bisect_left, insort
@@ -20,7 +19,6 @@ from random import Random
 ALIGNMENT_BYTES = 64
 _ROOM_TO_ALIGN_BYTES = 2 * ALIGNMENT_BYTES
 SHARE_SPOILED = 0.07
-SHARE_SPOILED_BY_SWAPPING = 0.4
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ On a GPU it is what torch's allocator has handed out.
 import statistics
 from itertools import chain
 
-from umtrain.memory.allocator import FreedBuffers
+from umtrain.memory.allocator import FreedBuffers, allowed_hole_bytes
 from umtrain.planning.heap import Event, Heap
 from umtrain.planning.profile import Profile
 from umtrain.planning.usage import Usage, events, page_bytes, resident_bytes
@@ -35,9 +35,13 @@ def device_peak_bytes(usage: Usage, profile: Profile, *, is_budgeted: bool) -> i
         pairs = zip(live_bytes(usage, profile), pages, strict=True)
         peak_bytes = max((live + paged for live, paged in pairs), default=0)
         return resident_bytes(usage.trace) + peak_bytes + PROCESS_BYTES[profile.kind]
-    heap_bytes = statistics.mean(_recycled_bytes(usage, seed) for seed in _SEEDS)
-    with_pages_bytes = int(heap_bytes) + max(pages, default=0)
-    return min(with_pages_bytes, max(int(heap_bytes), profile.device_bytes)) + PROCESS_BYTES["cpu"]
+    heap_bytes = int(statistics.mean(_recycled_bytes(usage, seed) for seed in _SEEDS))
+    if usage.limited_holes_of is not None:
+        alive_bytes = max(live_bytes(usage, profile), default=0)
+        most_bytes = alive_bytes + allowed_hole_bytes(alive_bytes, usage.limited_holes_of)
+        heap_bytes = min(heap_bytes, resident_bytes(usage.trace) + most_bytes)
+    with_pages_bytes = heap_bytes + max(pages, default=0)
+    return min(with_pages_bytes, max(heap_bytes, profile.device_bytes)) + PROCESS_BYTES["cpu"]
 
 
 def least_bytes(usage: Usage, profile: Profile) -> int:
@@ -68,7 +72,7 @@ def live_bytes(usage: Usage, profile: Profile) -> list[int]:
 def _recycled_bytes(usage: Usage, seed: int) -> int:
     """Return the heap's peak, model and optimizer's state in it."""
     trace = usage.trace
-    heap = Heap(FreedBuffers.RECYCLE.value[0], usage.share_spoiled, seed)
+    heap = Heap(FreedBuffers.RECYCLE.value[0], seed=seed)
     resident = [a for a in trace.allocations if a.kind in ("parameter", "buffer")]
     states = [a for a in trace.allocations if a.kind == "state"]
     step = list(chain.from_iterable(events(usage, "cpu", _LEAST_BYTES)))

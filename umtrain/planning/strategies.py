@@ -60,7 +60,8 @@ def plan_vanilla(setting: Setting) -> Usage:
 
 def plan_checkpoint(setting: Setting) -> Usage:
     """Groups run twice: a step of its own, traced under the strategy's own wrapping."""
-    return kept(setting.subject.recomputed(setting.options))
+    usage = kept(setting.subject.recomputed(setting.options))
+    return replace(usage, limited_holes_of=setting.subject.measured().largest_saved_bytes)
 
 
 def plan_placement(setting: Setting) -> Usage:
@@ -147,7 +148,8 @@ def _swapped(
     moved_bytes = usage.out_bytes + usage.in_bytes
     n_transfers = 2 * sum(goes(a) is not None for a in step_allocations(trace))
     extra_s = n_transfers * _TRANSFER_S + moved_bytes * _DIRECT_IO_S_PER_BYTE
-    return replace(usage, extra_s=extra_s)
+    largest_bytes = setting.subject.measured().largest_saved_bytes
+    return replace(usage, extra_s=extra_s, limited_holes_of=largest_bytes)
 
 
 def _paged(setting: Setting, groups: Grouped | None) -> Usage:

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from umtrain.planning.heap import SHARE_SPOILED_BY_SWAPPING
 from umtrain.planning.step import Allocation, StepTrace
 from umtrain.planning.usage import Stay, Usage, stay_of, step_allocations
 
@@ -134,7 +133,6 @@ def swapped(
         out_bytes=total_bytes,
         in_bytes=in_bytes,
         stall_s=swap.stall_s,
-        share_spoiled=SHARE_SPOILED_BY_SWAPPING,
     )
 
 

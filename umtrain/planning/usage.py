@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from umtrain.planning.heap import SHARE_SPOILED, Event
+from umtrain.planning.heap import Event
 from umtrain.planning.scratch import scratch_bytes
 from umtrain.planning.step import Allocation, StepTrace
 
@@ -23,7 +23,8 @@ class Usage:
 
     `stays` are buffers that an allocator hands out; `pages` are saved tensors on pages that the OS
     maps beside them. `stall_s` is what compute waits for copies or faults, `extra_s` work that
-    ordinary training has not; `share_spoiled` is about the heap, see `umtrain.planning.heap`.
+    ordinary training has not. Where a strategy gives the heap's holes back, `limited_holes_of` is
+    the largest of its buffers: see `umtrain.memory.allocator.HeapHoles`.
     """
 
     trace: StepTrace
@@ -34,7 +35,7 @@ class Usage:
     in_bytes: int = 0
     stall_s: float = 0.0
     extra_s: float = 0.0
-    share_spoiled: float = SHARE_SPOILED
+    limited_holes_of: int | None = None
 
 
 # What a step allocates; the rest was there before it.
