@@ -372,11 +372,13 @@ def _train(task: Task, session: _Session, record: Record) -> None:
     pretrained = config.model.pretrained
     model = task.create_model(Path(pretrained).expanduser() if pretrained else None).to(device)
     trace = run_dir if config.trace else None
-    strategy = create_strategy(_with_strategy(config, start.strategy), device, trace)
+    readers = _readers_of(task)
+    chosen = _with_strategy(config, start.strategy)
+    strategy = create_strategy(chosen, device, trace, readers.n_bytes)
     try:
         if config.memory.show_groups:
             console.show(_groups(task, model, strategy, device))
-        _check_room(task, model, strategy)
+        _check_room(task, model, strategy, readers)
         with strategy.guard():
             draw = _overlays(task, model, device, run_dir, console, logger)
             trainer = Trainer(
@@ -419,13 +421,18 @@ def _note_training(task: Task, trainer: Trainer, record: Record) -> None:
     record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
 
 
-def _check_room(task: Task, model: nn.Module, strategy: Strategy) -> None:
+def _readers_of(task: Task) -> Readers:
+    dataset, config = task.dataset("train", training=True), task.config
+    batch_bytes = config.batch_size * dataset.sample_bytes
+    return Readers(config.dataset.workers, batch_bytes, dataset.kept_bytes)
+
+
+def _check_room(task: Task, model: nn.Module, strategy: Strategy, readers: Readers) -> None:
     """Refuse a run that surely has not the memory it needs; raises OutOfMemoryError."""
     config = task.config
     sample = task.sample_input(torch.device("meta"), input_dtype(config.precision))
     n_states = _OPTIMIZER_STATES[config.optim.name]
     subject = Subject(model, sample, config.precision, n_states=n_states)
-    readers = Readers(config.dataset.workers, batch_bytes=sample.numel())
     check_run(subject, strategy.name, strategy.options, readers)
 
 
@@ -505,14 +512,20 @@ def _prepared(
         strategy.close()
 
 
-def create_strategy(config: RunConfig, device: torch.device, trace: Path | None) -> Strategy:
-    """Return the configured memory strategy; `trace` is the folder of its timeline, if any."""
+def create_strategy(
+    config: RunConfig, device: torch.device, trace: Path | None, readers_bytes: int = 0
+) -> Strategy:
+    """Return the configured memory strategy; `trace` is the folder of its timeline, if any.
+
+    `readers_bytes` is what reader processes will take beside it.
+    """
     options = {
         item.name: getattr(config.memory, item.name)
         for item in dataclasses.fields(config.memory)
         if item.name not in ("name", "show_groups")
     }
-    return memory.create(config.memory.name, device=device.type, trace=trace, **options)
+    options |= {"device": device.type, "trace": trace, "readers_bytes": readers_bytes}
+    return memory.create(config.memory.name, **options)
 
 
 def _groups(task: Task, model: nn.Module, strategy: Strategy, device: torch.device) -> Table:

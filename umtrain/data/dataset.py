@@ -102,6 +102,7 @@ class SlideDataset(Dataset[SlideSample]):
     ) -> None:
         self.records = records
         self.sample_bytes = res * res * 3
+        self.kept_bytes = 0
         self._labels = dict(labels)
         self._res = res
         self._fit = fit
@@ -153,6 +154,7 @@ class RadiographDataset(Dataset[RadiographSample]):
         self.height_px = res
         self.width_px = network_width_px(res, aspect)
         self.sample_bytes = self.height_px * self.width_px * 2
+        self.kept_bytes = min(len(records) * self.sample_bytes, _KEPT_BYTES)
         self._augment = augment
         self._seed = seed
         self._placed: dict[int, PlacedFilm] = {}

@@ -49,6 +49,7 @@ class VolumeDataset(Dataset[VolumeSample]):
     ) -> None:
         self.records = records
         self.sample_bytes = int(np.prod(grid.shape)) * np.dtype(np.uint16).itemsize
+        self.kept_bytes = min(len(records) * self.sample_bytes, _KEPT_BYTES)
         self._labels = dict(labels)
         self._grid = grid
         self._window = window

@@ -18,7 +18,10 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose about memory; sizes in bytes, None meaning no limit."""
+    """What a user may choose about memory; sizes in bytes, None meaning no limit.
+
+    `readers_bytes` is RAM that a run's reader processes will take: it is not free for a step.
+    """
 
     device: str = "cpu"
     device_budget_bytes: int | None = None
@@ -31,6 +34,7 @@ class Options:
     cpu_layers: tuple[str, ...] = ()
     oversubscribe: bool = False
     trace: Path | None = None
+    readers_bytes: int = 0
 
     @classmethod
     def parse(cls, **raw: Any) -> Self:

@@ -151,7 +151,8 @@ class Stream(Strategy):
         left_bytes = self._budget.left_bytes()
         if left_bytes is None:
             is_cuda = self.options.device == "cuda"
-            left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else available_bytes()
+            ram_bytes = available_bytes() - self.options.readers_bytes
+            left_bytes = int(torch.cuda.mem_get_info()[0]) if is_cuda else ram_bytes
         return maps_bytes(left_bytes, self.options.device_budget_bytes) - self._other_bytes()
 
     def _other_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """memory=auto: the fastest strategy, by prediction, that surely fits; says which and why."""
 
+import dataclasses
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from umtrain.errors import ConfigError
 from umtrain.memory.base import Strategy
 from umtrain.memory.options import Options
 from umtrain.memory.stats import MemoryStats
-from umtrain.memory.tensors import planned_device
+from umtrain.memory.tensors import batch_arguments, planned_device
 from umtrain.memory.vanilla import Vanilla
 from umtrain.memory.working_set import WorkingSets, measure_working_sets
 from umtrain.planning.choice import MARGIN, choose
 from umtrain.planning.machine import free_profile
+from umtrain.planning.profile import Profile
 from umtrain.planning.subject import Subject
 from umtrain.units import format_bytes
 
@@ -45,7 +47,7 @@ class Auto(Strategy):
         """See `Strategy`; raises OutOfMemoryError, naming the least budget, if nothing fits."""
         subject = Subject(model, sample_batch, _precision(model))
         try:
-            choice = choose(subject, free_profile(self.options, model), self.options)
+            choice = choose(subject, self._profile(model, sample_batch), self.options)
         except ConfigError as error:
             _log.warning("memory=auto: vanilla, as nothing can be predicted: %s", error)
             self._become("vanilla")
@@ -67,6 +69,12 @@ class Auto(Strategy):
             format_bytes(limit_bytes),
         )
         return self.chosen.prepare_inference(model, sample_batch)
+
+    def _profile(self, model: nn.Module, sample_batch: Any) -> Profile:
+        """Return this machine with what is free; a batch that is there already counts as free."""
+        profile = free_profile(self.options, model)
+        batch_bytes = sum(t.nbytes for t in batch_arguments(sample_batch) if not t.is_meta)
+        return dataclasses.replace(profile, device_bytes=profile.device_bytes + batch_bytes)
 
     def _become(self, name: str) -> None:
         name = self.links.agree(name)

@@ -7,7 +7,7 @@ warning.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.memory.options import Options
@@ -30,15 +30,17 @@ _BATCHES_IN_READER = 2
 
 @dataclass(frozen=True)
 class Readers:
-    """The processes that prepare batches, and the bytes of one batch."""
+    """The processes that prepare batches, the bytes of one batch, and of what each keeps."""
 
     n: int
     batch_bytes: int
+    kept_bytes: int = 0
 
     @property
     def n_bytes(self) -> int:
         """Return about what all of them hold in RAM."""
-        return self.n * (_READER_BYTES + _BATCHES_IN_READER * self.batch_bytes)
+        each_bytes = _READER_BYTES + _BATCHES_IN_READER * self.batch_bytes + self.kept_bytes
+        return self.n * each_bytes
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,30 @@ def check_run(subject: Subject, strategy: str, options: Options, readers: Reader
     """Raise OutOfMemoryError, with the numbers, if the run surely cannot have its memory.
 
     Warns where it may not. Strategies that choose or plan by what is free, `auto` and `stream`,
-    refuse by themselves; a model that cannot be predicted is let through.
+    refuse by themselves what the readers leave too little for; a model that cannot be predicted is
+    let through.
     """
-    if strategy not in PLANNERS:
-        return
-    profile = free_profile(options, subject.model)
-    try:
-        prediction = estimate(subject, strategy, profile, options)
-    except ConfigError as error:
-        _log.info("memory=%s: %s", strategy, error)
-        return
-    for demand in demands(prediction, profile, options, readers):
+    profile = free_profile(replace(options, readers_bytes=0), subject.model)
+    found = [_of_readers(profile, readers)]
+    if strategy in PLANNERS:
+        try:
+            prediction = estimate(subject, strategy, profile, options)
+        except ConfigError as error:
+            _log.info("memory=%s: %s", strategy, error)
+        else:
+            found = demands(prediction, profile, options, readers)
+    for demand in found:
         if demand.is_hopeless:
             raise OutOfMemoryError(f"memory={strategy}: {demand.text}")
         if demand.is_doubtful:
             _log.warning("memory=%s: %s", strategy, demand.text)
+
+
+def _of_readers(profile: Profile, readers: Readers) -> Demand:
+    """Return what readers need of RAM."""
+    ram_bytes = profile.host_bytes if profile.kind == "cuda" else profile.device_bytes
+    remedy = f"lower dataset.workers (now {readers.n}), res or batch_size"
+    return Demand("RAM, for readers", readers.n_bytes, ram_bytes, remedy)
 
 
 def demands(

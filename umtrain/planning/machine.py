@@ -18,13 +18,15 @@ from umtrain.planning.profile import Profile
 def free_profile(options: Options, model: nn.Module | None = None) -> Profile:
     """Return this machine's profile with the device and host memory that are free now.
 
-    What `model` holds already counts as free: it is part of what a step is predicted to need.
+    What `model` holds already counts as free: it is part of what a step is predicted to need. What
+    readers will take does not.
     Host memory is RAM beside a GPU, and without one the disk of the spill file.
     """
+    ram_bytes = max(0, available_bytes() - options.readers_bytes)
     if options.device == "cuda":
-        device_bytes, host_bytes = int(torch.cuda.mem_get_info()[0]), available_bytes()
+        device_bytes, host_bytes = int(torch.cuda.mem_get_info()[0]), ram_bytes
     else:
-        device_bytes, host_bytes = available_bytes(), _free_disk_bytes(options.spill_dir)
+        device_bytes, host_bytes = ram_bytes, _free_disk_bytes(options.spill_dir)
     device_bytes += 0 if model is None else model_bytes(model)
     profile = local_profile(options.device)
     return dataclasses.replace(profile, device_bytes=device_bytes, host_bytes=host_bytes)

@@ -6,6 +6,7 @@ On a GPU it is what torch's allocator has handed out.
 """
 
 import statistics
+from dataclasses import replace
 from itertools import chain
 
 from umtrain.memory.allocator import FreedBuffers, allowed_hole_bytes
@@ -34,20 +35,22 @@ def device_peak_bytes(usage: Usage, profile: Profile, *, is_budgeted: bool) -> i
     if is_budgeted or profile.kind == "cuda":
         pairs = zip(live_bytes(usage, profile), pages, strict=True)
         peak_bytes = max((live + paged for live, paged in pairs), default=0)
-        return resident_bytes(usage.trace) + peak_bytes + PROCESS_BYTES[profile.kind]
+        return resident_bytes(usage.trace, profile.kind) + peak_bytes + PROCESS_BYTES[profile.kind]
     heap_bytes = int(statistics.mean(_recycled_bytes(usage, seed) for seed in _SEEDS))
     if usage.limited_holes_of is not None:
         alive_bytes = max(live_bytes(usage, profile), default=0)
         most_bytes = alive_bytes + allowed_hole_bytes(alive_bytes, usage.limited_holes_of)
-        heap_bytes = min(heap_bytes, resident_bytes(usage.trace) + most_bytes)
+        heap_bytes = min(heap_bytes, resident_bytes(usage.trace, profile.kind) + most_bytes)
     with_pages_bytes = heap_bytes + max(pages, default=0)
     return min(with_pages_bytes, max(heap_bytes, profile.device_bytes)) + PROCESS_BYTES["cpu"]
 
 
 def least_bytes(usage: Usage, profile: Profile) -> int:
     """Return the least budget that the usage fits in: what is alive, and nothing more."""
+    if usage.least_stays is not None:
+        usage = replace(usage, stays=usage.least_stays)
     live = max(live_bytes(usage, profile), default=0)
-    return resident_bytes(usage.trace) + live + PROCESS_BYTES[profile.kind]
+    return resident_bytes(usage.trace, profile.kind) + live + PROCESS_BYTES[profile.kind]
 
 
 def live_bytes(usage: Usage, profile: Profile) -> list[int]:

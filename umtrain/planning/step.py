@@ -93,6 +93,11 @@ class StepTrace:
         return self._bytes_of("parameter", "buffer")
 
     @property
+    def input_bytes(self) -> int:
+        """Return the bytes of the batch that the network is given."""
+        return self._bytes_of("input")
+
+    @property
     def saved_bytes(self) -> int:
         """Return the bytes that autograd saves, parameters left out."""
         return self._bytes_of("saved")

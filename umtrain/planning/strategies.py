@@ -7,11 +7,12 @@ A strategy's planner is given a subject, a profile and the user's options, and r
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from umtrain.errors import ConfigError
 from umtrain.memory.hooked import SMALLEST_MOVED_BYTES
 from umtrain.memory.options import Options
 from umtrain.memory.paging_managed import MANAGED_BLOCK_BYTES
 from umtrain.planning.paging import Grouped, Pager
-from umtrain.planning.profile import Profile
+from umtrain.planning.profile import Profile, load_profile
 from umtrain.planning.residence import PROCESS_BYTES, live_bytes
 from umtrain.planning.step import Allocation, StepTrace
 from umtrain.planning.subject import Subject
@@ -37,9 +38,12 @@ class Setting:
 
     @property
     def limit_bytes(self) -> int:
-        """Return the device memory that may be used."""
+        """Return the device memory that may be used; in RAM the batch needs some of it too."""
         budget_bytes = self.options.device_budget_bytes
-        return self.profile.device_bytes if budget_bytes is None else budget_bytes
+        if budget_bytes is not None:
+            return budget_bytes
+        batch_bytes = self.subject.trace().input_bytes if self.profile.kind == "cpu" else 0
+        return max(0, self.profile.device_bytes - batch_bytes)
 
     @property
     def host_limit_bytes(self) -> int:
@@ -65,7 +69,12 @@ def plan_checkpoint(setting: Setting) -> Usage:
 
 
 def plan_placement(setting: Setting) -> Usage:
-    """Layers named in `cpu_layers` compute, and keep their maps, in host memory."""
+    """Layers named in `cpu_layers` compute, and keep their maps, in host memory.
+
+    How fast the host's processor computes is not known: it is taken to be the generic one.
+    """
+    if setting.profile.kind == "cpu":
+        raise ConfigError("memory=placement divides a network between a GPU and the processor")
     trace, names = setting.subject.trace(), setting.options.cpu_layers
     away = [_is_in(a.layer, names) for a in trace.allocations]
     remote = [a for a, is_away in zip(trace.allocations, away, strict=True) if is_away]
@@ -73,13 +82,19 @@ def plan_placement(setting: Setting) -> Usage:
     crossing = [a for a in remote if any(not _is_in(_layer_at(trace, i), names) for i in a.touched)]
     crossing_bytes = sum(a.n_bytes for a in crossing)
     link_s = crossing_bytes / setting.profile.in_bytes_per_s
+    here = setting.subject.seconds(trace, setting.profile)
+    there = setting.subject.seconds(trace, load_profile("generic_cpu"))
+    slower_s = [slow - fast for slow, fast in zip(there, here, strict=True)]
+    extra_s = sum(s for i, s in enumerate(slower_s) if _is_in(_layer_at(trace, i), names))
+    on_host = Usage(trace, [stay_of(a) for a in remote if a.kind in ("saved", "temporary")])
     return Usage(
         trace,
         stays,
-        host_peak_bytes=sum(a.n_bytes for a in remote),
+        host_peak_bytes=max(live_bytes(on_host, setting.profile), default=0),
         out_bytes=crossing_bytes,
         in_bytes=crossing_bytes,
         stall_s=2 * link_s,
+        extra_s=extra_s,
     )
 
 
@@ -156,14 +171,14 @@ def _paged(setting: Setting, groups: Grouped | None) -> Usage:
     """Play the pager through; see Note: [Nothing is copied where all of it fits]."""
     trace, profile = setting.subject.trace(), setting.profile
     is_cpu = profile.kind == "cpu"
-    if is_cpu and _is_plenty(setting):
-        return kept(trace)
     smallest_bytes = SMALLEST_MOVED_BYTES["cpu"] if is_cpu else MANAGED_BLOCK_BYTES
     allocations = step_allocations(trace)
     blocks = [a for a in allocations if _is_paged(a, smallest_bytes)]
     others = [stay_of(a) for a in allocations if not _is_paged(a, smallest_bytes)]
     # A GPU's pages are the tensors themselves; a file has copies, and originals beside them.
     heap = Usage(trace, [*others, *(_original(a) for a in blocks)] if is_cpu else others)
+    if is_cpu and _is_plenty(setting):
+        return replace(kept(trace), least_stays=heap.stays)
     rooms = _rooms(setting, heap)
     seconds = setting.subject.seconds(trace, profile)
     moved = Pager(trace, blocks, rooms, profile, groups).run(seconds)
@@ -172,7 +187,9 @@ def _paged(setting: Setting, groups: Grouped | None) -> Usage:
         trace,
         heap.stays,
         pages=_within(moved.pages, rooms),
-        host_peak_bytes=moved.host_peak_bytes if is_cpu else moved.out_bytes,
+        host_peak_bytes=moved.host_peak_bytes
+        if is_cpu
+        else min(moved.out_bytes, moved.host_peak_bytes),
         out_bytes=moved.out_bytes,
         in_bytes=moved.in_bytes,
         stall_s=moved.stall_s,
@@ -199,7 +216,7 @@ def _original(allocation: Allocation) -> Stay:
 
 def _rooms(setting: Setting, heap: Usage) -> list[int]:
     """Return what pages may take during each operation."""
-    taken = resident_bytes(heap.trace)
+    taken = resident_bytes(heap.trace, setting.profile.kind)
     taken += PROCESS_BYTES[setting.profile.kind]
     left_bytes = setting.limit_bytes - taken
     return [max(0, left_bytes - level) for level in live_bytes(heap, setting.profile)]

@@ -106,7 +106,7 @@ def _least_arena_bytes(setting: Setting) -> int:
 def _budget_for(setting: Setting, arena_bytes: int) -> int:
     """Return the budget whose part for maps is `arena_bytes`, with strips of the setting's size."""
     trace, budget_bytes = setting.subject.trace(), setting.limit_bytes
-    needed_bytes = trace.parameter_bytes + arena_bytes + _still_to_come_bytes(setting, trace)
+    needed_bytes = _held_bytes(setting, trace) + arena_bytes + _still_to_come_bytes(setting, trace)
     return needed_bytes + budget_bytes - maps_bytes(budget_bytes, budget_bytes)
 
 
@@ -136,8 +136,14 @@ def _strip_bytes(setting: Setting) -> int:
 def _arena_bytes(setting: Setting) -> int:
     """Return the room for maps, as the strategy computes it when it is attached."""
     trace, budget_bytes = setting.subject.trace(), setting.options.device_budget_bytes
-    left_bytes = setting.limit_bytes - trace.parameter_bytes
+    left_bytes = setting.limit_bytes - _held_bytes(setting, trace)
     return maps_bytes(left_bytes, budget_bytes) - _still_to_come_bytes(setting, trace)
+
+
+def _held_bytes(setting: Setting, trace: StepTrace) -> int:
+    """Return what is on the device when the strategy is attached."""
+    batch_bytes = trace.input_bytes if setting.profile.kind == "cuda" else 0
+    return trace.parameter_bytes + batch_bytes
 
 
 def _still_to_come_bytes(setting: Setting, trace: StepTrace) -> int:
@@ -152,4 +158,4 @@ def _beside_maps_bytes(setting: Setting, largest_map_bytes: int) -> int:
     weights = trace.parameter_bytes // 2 if setting.subject.precision == "bf16" else 0
     strip_bytes = min(_strip_bytes(setting), largest_map_bytes)
     strips = int(_SHARE_OF_STRIPS * strips_bytes(kind, strip_bytes))
-    return resident_bytes(trace) + gradients + weights + strips + PROCESS_BYTES[kind]
+    return resident_bytes(trace, kind) + gradients + weights + strips + PROCESS_BYTES[kind]

@@ -24,7 +24,8 @@ class Usage:
     `stays` are buffers that an allocator hands out; `pages` are saved tensors on pages that the OS
     maps beside them. `stall_s` is what compute waits for copies or faults, `extra_s` work that
     ordinary training has not. Where a strategy gives the heap's holes back, `limited_holes_of` is
-    the largest of its buffers: see `umtrain.memory.allocator.HeapHoles`.
+    the largest of its buffers: see `umtrain.memory.allocator.HeapHoles`. `least_stays` are what it
+    would keep under the least budget, where that is less.
     """
 
     trace: StepTrace
@@ -36,6 +37,7 @@ class Usage:
     stall_s: float = 0.0
     extra_s: float = 0.0
     limited_holes_of: int | None = None
+    least_stays: list[Stay] | None = None
 
 
 # What a step allocates; the rest was there before it.
@@ -57,10 +59,15 @@ def kept(trace: StepTrace) -> Usage:
     return Usage(trace, [stay_of(a) for a in step_allocations(trace)])
 
 
-def resident_bytes(trace: StepTrace) -> int:
-    """Return what is in device memory between steps: the model and the optimizer's state."""
+def resident_bytes(trace: StepTrace, device_kind: str) -> int:
+    """Return what is in device memory all through a step: model, optimizer's state and batch.
+
+    Without a GPU batches are not in it: they lie where the sample batch did when the strategy was
+    prepared, which meters and budgets take as the base.
+    """
     resident = ("parameter", "buffer", "state")
-    return sum(a.n_bytes for a in trace.allocations if a.kind in resident)
+    batch_bytes = trace.input_bytes if device_kind == "cuda" else 0
+    return sum(a.n_bytes for a in trace.allocations if a.kind in resident) + batch_bytes
 
 
 def events(usage: Usage, device_kind: str, least_bytes: int = 0) -> Iterator[list[Event]]:

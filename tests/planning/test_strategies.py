@@ -1,0 +1,91 @@
+"""What each strategy is predicted to hold, and where."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from umtrain.errors import OutOfMemoryError
+from umtrain.memory.options import Options
+from umtrain.planning.host import Readers, check_run
+from umtrain.planning.machine import free_profile
+from umtrain.planning.predict import predict
+from umtrain.planning.profile import load_profile
+from umtrain.planning.subject import Subject
+from umtrain.planning.usage import resident_bytes
+
+GIB = 2**30
+GPU = load_profile("v100_32gb")
+
+
+@pytest.fixture(scope="module")
+def subject():
+    layers = [nn.Conv2d(3, 8, 3, padding=1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(5))]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
+    return Subject(model, torch.empty(1, 3, 1024, 1024, device="meta"), "fp32")
+
+
+def test_on_a_gpu_the_batch_is_part_of_what_is_held(subject):
+    trace = subject.trace()
+    batch_bytes = resident_bytes(trace, "cuda") - resident_bytes(trace, "cpu")
+    assert batch_bytes == 3 * 1024 * 1024 * 4
+
+
+def test_a_slide_that_is_streamed_on_a_gpu_lies_there_itself(subject):
+    slide = Subject(subject.model, torch.empty(1, 3, 64, 2**24, device="meta"), "fp32")
+    batch_bytes = 3 * 64 * 2**24 * 4
+    wide = dataclasses.replace(GPU, device_bytes=100 * GIB, host_bytes=1000 * GIB)
+    prediction = predict(slide, "stream", wide, Options(device="cuda"))
+    assert prediction.fits, prediction.why
+    assert prediction.device_peak_bytes > batch_bytes
+    assert prediction.least_budget_bytes > batch_bytes
+
+
+def test_in_ram_the_batch_leaves_less_for_the_step(subject):
+    cpu = load_profile("generic_cpu")
+    needed = predict(subject, "vanilla", cpu, Options()).device_peak_bytes
+    tight = dataclasses.replace(cpu, device_bytes=needed + subject.trace().input_bytes)
+    assert predict(subject, "vanilla", tight, Options()).fits
+    tighter = dataclasses.replace(tight, device_bytes=tight.device_bytes - 1)
+    assert not predict(subject, "vanilla", tighter, Options()).fits
+
+
+def test_layers_in_host_memory_compute_as_slowly_as_a_processor(subject):
+    options = Options(device="cuda", cpu_layers=("0", "1"))
+    there = predict(subject, "placement", GPU, options)
+    here = predict(subject, "vanilla", GPU, options)
+    assert there.step_s > 10 * here.step_s
+    assert 0 < there.host_peak_bytes < subject.trace().saved_bytes
+
+
+def test_placement_needs_a_gpu(subject):
+    prediction = predict(subject, "placement", load_profile("generic_cpu"), Options())
+    assert not prediction.fits
+    assert "between a GPU and the processor" in prediction.why
+
+
+@pytest.mark.parametrize("strategy", ["um", "um_group", "um_group_prefetch"])
+def test_pages_need_less_than_vanilla_though_all_stays_where_there_is_room(subject, strategy):
+    cpu = load_profile("generic_cpu")
+    paged, vanilla = (predict(subject, name, cpu, Options()) for name in (strategy, "vanilla"))
+    assert paged.device_peak_bytes == vanilla.device_peak_bytes
+    assert paged.least_budget_bytes < vanilla.least_budget_bytes
+
+
+def test_what_a_gpu_pages_out_again_and_again_is_in_host_memory_once(subject):
+    prediction = predict(subject, "um", GPU, Options(device="cuda", device_budget_bytes=GIB // 4))
+    assert prediction.host_peak_bytes <= subject.trace().saved_bytes
+
+
+def test_what_readers_will_take_is_not_free_for_a_step():
+    alone, beside = (
+        free_profile(Options(readers_bytes=n_bytes)).device_bytes for n_bytes in (0, 2 * GIB)
+    )
+    assert alone - beside == pytest.approx(2 * GIB, abs=GIB // 2)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "stream", "vanilla"])
+def test_readers_that_need_more_than_there_is_are_refused_under_any_strategy(subject, strategy):
+    with pytest.raises(OutOfMemoryError, match=r"dataset\.workers \(now 1000\)"):
+        check_run(subject, strategy, Options(), Readers(1000, GIB))
