@@ -18,7 +18,7 @@ from random import Random
 
 ALIGNMENT_BYTES = 64
 _ROOM_TO_ALIGN_BYTES = 2 * ALIGNMENT_BYTES
-SHARE_SPOILED = 0.07
+SHARE_SPOILED = 0.14
 
 
 @dataclass(frozen=True)

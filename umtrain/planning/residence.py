@@ -17,6 +17,8 @@ from umtrain.planning.usage import Usage, events, page_bytes, resident_bytes
 # What a process holds besides buffers: without a GPU code, compiled kernels and threads' own heaps
 # (ResNet-50 at 256 pixels); on one cuBLAS's workspaces (an H100, torch 2.11).
 PROCESS_BYTES = {"cpu": 70 * 2**20, "cuda": 72 * 10**6}
+# The same where freed buffers are used again: what is small lies in the heap's holes.
+_PROCESS_BESIDE_HEAP_BYTES = 36 * 2**20
 # Smaller buffers live in the gaps between the others.
 _LEAST_BYTES = 64 * 2**10
 # The holes of one step are there in the next; after three it has all it needs.
@@ -42,7 +44,8 @@ def device_peak_bytes(usage: Usage, profile: Profile, *, is_budgeted: bool) -> i
         most_bytes = alive_bytes + allowed_hole_bytes(alive_bytes, usage.limited_holes_of)
         heap_bytes = min(heap_bytes, resident_bytes(usage.trace, profile.kind) + most_bytes)
     with_pages_bytes = heap_bytes + max(pages, default=0)
-    return min(with_pages_bytes, max(heap_bytes, profile.device_bytes)) + PROCESS_BYTES["cpu"]
+    resident = min(with_pages_bytes, max(heap_bytes, profile.device_bytes))
+    return resident + _PROCESS_BESIDE_HEAP_BYTES
 
 
 def least_bytes(usage: Usage, profile: Profile) -> int:

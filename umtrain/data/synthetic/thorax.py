@@ -16,7 +16,7 @@ Point = NDArray[np.float64]
 # Millimetres to the patient's left, back and head from the middle of the chest.
 HEIGHT_MM = 240.0
 WIDTH_MM = 360.0
-NODULE_DIAMETER_MM = (12.0, 24.0)
+NODULE_DIAMETER_MM = (18.0, 30.0)
 
 _AIR, _FAT, _SOFT, _BLOOD, _BONE = -1000.0, -95.0, 45.0, 60.0, 420.0
 _NODULE = 40.0
