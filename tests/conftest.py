@@ -1,7 +1,10 @@
+import json
+import os
 import shutil
 import subprocess
 import sys
 
+import command_server
 import pytest
 from hypothesis import settings
 
@@ -42,20 +45,30 @@ def volumes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def umtrain():
+def umtrain(tmp_path_factory):
     """Run the command line in a process of its own; return the finished process."""
+    server = subprocess.Popen(
+        [sys.executable, command_server.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )
+    out = [tmp_path_factory.mktemp("output") / name for name in ("stdout", "stderr")]
 
     def run(*arguments, cwd, timeout_s=240, env=None):
-        return subprocess.run(
-            [sys.executable, "-m", "umtrain", *map(str, arguments)],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            env=env,
-        )
+        words = [str(argument) for argument in arguments]
+        for path in out:
+            path.write_text("")
+        request = {"words": words, "cwd": str(cwd), "env": dict(os.environ if env is None else env)}
+        request |= {"out": [str(path) for path in out], "timeout_s": timeout_s}
+        server.stdin.write(f"{json.dumps(request)}\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(words, code, *(path.read_text() for path in out))
 
-    return run
+    yield run
+    server.communicate()
 
 
 @pytest.fixture(scope="session")
