@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from hashlib import sha256
 
 import pytest
 
@@ -15,7 +16,7 @@ from umtrain.lock import run_lock
 from umtrain.report.record import _KEYS, RECORD_NAME
 from umtrain.run_dir import write_config
 from umtrain.submission import LauncherConfig
-from umtrain.sweep import _on_cluster, _run_job, plan_jobs
+from umtrain.sweep import STAMPS, _on_cluster, _run_job, plan_jobs
 
 FREE = ("device=cpu", "precision=fp32", "dataset.positive=cancer")
 
@@ -33,19 +34,17 @@ def job(folder, *words):
     return only
 
 
-def leave_run(a_job, *words, status="ok", sha256="0"):
+def leave_run(a_job, *words, status="ok", digest="0"):
     """Leave in the job's folder what a run with `words` leaves there."""
     a_job.run_dir.mkdir(exist_ok=True)
     write_config(a_job.run_dir, load_config(["res=64", *FREE, *words]))
-    record = dict.fromkeys(_KEYS) | {"status": status, "data": {"manifest_sha256": sha256}}
+    record = dict.fromkeys(_KEYS) | {"status": status, "data": {"manifest_sha256": digest}}
     write_json(a_job.run_dir / RECORD_NAME, record)
 
 
 def leave_run_on(manifest, a_job, *words, status="ok"):
-    from hashlib import sha256
-
     digest = sha256(manifest.read_bytes()).hexdigest()
-    leave_run(a_job, f"dataset.manifest={manifest}", *words, status=status, sha256=digest)
+    leave_run(a_job, f"dataset.manifest={manifest}", *words, status=status, digest=digest)
 
 
 @pytest.mark.parametrize("free", [*FREE, "signal_grace_s=9", "resume=never", "run_dir=elsewhere"])
@@ -176,3 +175,13 @@ def test_a_cluster_job_whose_folder_is_in_use_is_a_row(manifest, tmp_path, on_cl
         rows = on_cluster(busy, free)
     assert "in use by process" in rows[0]["reasons"]["status"]
     assert "ended by exit code 1" in rows[1]["reasons"]["status"]
+
+
+def test_a_record_written_since_an_earlier_sweep_submitted_the_job_is_its_own(
+    manifest, tmp_path, on_cluster, monkeypatch
+):
+    a_job = job(tmp_path, f"dataset.manifest={manifest}")
+    leave_run_on(manifest, a_job, status="interrupted")
+    write_json(tmp_path / STAMPS, {a_job.run_dir.name: 1})
+    monkeypatch.setattr("umtrain.sweep.Submitter.is_queued", lambda *_: True)
+    assert on_cluster(a_job)[0]["status"] == "interrupted"
