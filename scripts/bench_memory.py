@@ -30,6 +30,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cells import run_cell_process, write_document
+
 COLUMNS = {
     "vDNN": ("vdnn", {}),
     "LMS": ("lms", {}),
@@ -122,13 +124,7 @@ def in_process_of_its_own(
     arguments: argparse.Namespace, prefix: tuple[str, ...] = (), **changes: object
 ) -> dict[str, object]:
     """Run one cell in a fresh process; a process that the system kills is out of memory."""
-    command = cell_command(arguments, prefix, **changes)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode < 0:
-        return {"status": "oom", "why": f"the process ended by signal {-done.returncode}"}
-    return {"status": "failed", "why": done.stderr.strip().splitlines()[-1]}
+    return run_cell_process(cell_command(arguments, prefix, **changes))
 
 
 def cell_command(
@@ -149,7 +145,7 @@ def cell_command(
     ):
         command += [f"--{key.replace('_', '-')}", str(values[key])]
     command += ["--freed-buffers", str(values["freed_buffers"])]
-    options = values.get("options", {})
+    options = changes.get("options", {})
     return [*command, "--options", json.dumps(options)]
 
 
@@ -411,11 +407,8 @@ def machine(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def write(document: dict[str, object], out: Path | None) -> None:
-    if out is None:
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(document, indent=1))
-    if document["mode"] == "table":
+    write_document(document, out)
+    if out is not None and document["mode"] == "table":
         draw(document, out.with_suffix(".png"))
 
 

@@ -24,6 +24,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from cells import write_document
+
 STRATEGIES = (
     "vanilla",
     "checkpoint",
@@ -71,7 +73,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, object]:
         row["predicted"] = predicted_figures(model, precision, res, strategy, arguments)
         row["deviation"] = deviations(row)
         print(row_text(row), flush=True)
-        write(document_of(arguments, rows), arguments.out)
+        write_document(document_of(arguments, rows), arguments.out)
     document = document_of(arguments, rows)
     print(summary_text(document["summary"]))
     if arguments.out is not None:
@@ -211,12 +213,6 @@ def machine() -> dict[str, object]:
     }
 
 
-def write(document: dict[str, object], out: Path | None) -> None:
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(document, indent=1))
-
-
 def draw(document: dict[str, object], out: Path) -> None:
     """Draw a picture for each model and precision: predicted lines, measured points."""
     from umtrain.report.plots_plan import plan_plot
@@ -242,7 +238,7 @@ def talk(arguments: argparse.Namespace) -> dict[str, object]:
     document["limits"] = talk_limits()
     document["rates"] = talk_rates(arguments)
     document["slide"] = talk_slide()
-    write(document, arguments.out)
+    write_document(document, arguments.out)
     return document
 
 
@@ -273,7 +269,7 @@ def h100(arguments: argparse.Namespace) -> dict[str, object]:
     document = {"mode": "h100", "machine": before["machine"], "torch": before["torch"]}
     document |= {"command": " ".join(sys.argv), "summary": summary(rows), "rows": rows}
     print(summary_text(document["summary"]))
-    write(document, arguments.out)
+    write_document(document, arguments.out)
     if arguments.out is not None:
         draw(document, arguments.out)
     return document

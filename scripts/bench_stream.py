@@ -21,13 +21,14 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cells import run_cell_process, write_document
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -148,12 +149,7 @@ def in_process_of_its_own(arguments: argparse.Namespace, **changes: object) -> d
             command += [f"--{key.replace('_', '-')}", str(values[key])]
     if values["frozen"]:
         command.append("--frozen")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode < 0:
-        return {"status": "oom", "why": f"the process ended by signal {-done.returncode}"}
-    return {"status": "failed", "why": done.stderr.strip().splitlines()[-1]}
+    return run_cell_process(command)
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, object]:
@@ -307,11 +303,9 @@ def main() -> None:
     arguments.frozen = arguments.frozen or arguments.mode == "frozen"
     run = curve if arguments.mode == "curve" else compare
     document = {**machine(arguments), **run(arguments)}
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(document, indent=1))
-        if arguments.mode == "curve":
-            draw(document, arguments.out.with_suffix(".png"))
+    write_document(document, arguments.out)
+    if arguments.out is not None and arguments.mode == "curve":
+        draw(document, arguments.out.with_suffix(".png"))
     print(json.dumps(document))
 
 

@@ -9,7 +9,8 @@ weights, steps.csv, predictions.csv and metrics have to be those of a run that w
 interrupted, to the bit. A session is forked from a process that has the imports behind it, so that
 it costs what it trains; before that a process has touched nothing.
 
-Prints one line of JSON; the exit code is 1 if anything differed or was left behind.
+Prints one line of JSON; the exit code is 1 if anything differed or was left behind. A run that ends
+otherwise than it may stays in the folder, and what it said last is in the JSON.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +51,8 @@ VARIANTS = {
 COMMON = ("precision=fp32", "checkpoint_minutes=0.01", "run_dir=run")
 _MEASURED = ("step_s", "data_wait_s")
 _MOST_KILLS_A_RUN = 8
+SAID = "session.txt"
+_N_SHOWN_LINES = 6
 
 
 @dataclass
@@ -90,7 +94,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="keep what the runs wrote; default: none of it")
+    parser.add_argument(
+        "--folder", type=Path, help="where runs are made; what went wrong stays there"
+    )
     return parser.parse_args()
 
 
@@ -107,11 +113,10 @@ def campaign(folder: Path, variants: list[str], n_kills: int, seed: int) -> Tall
             if left > 0:
                 expected, length_s = references[name]
                 run = folder / f"{name}-{tally.runs[name]}"
-                _kill_until_done(
-                    run, folder, name, length_s, min(left, _MOST_KILLS_A_RUN), rng, tally
-                )
-                _compare(run, expected, tally)
-                shutil.rmtree(run)
+                most = min(left, _MOST_KILLS_A_RUN)
+                if _kill_until_done(run, folder, name, length_s, most, rng, tally):
+                    _compare(run, expected, tally)
+                    shutil.rmtree(run)
     return tally
 
 
@@ -142,21 +147,29 @@ def _command(data: Path, name: str) -> list[str]:
 def _fork(folder: Path, words: list[str]) -> int:
     """Start a session in `folder`, as a process group of its own; return its process id."""
     sys.stdout.flush()
+    # Until the child is where it would be caught, Ctrl-C waits.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     code = 1
     try:
         os.setsid()
         os.chdir(folder)
-        log = os.open("session.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        log = os.open(SAID, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         from umtrain.cli import main as umtrain
 
         code = umtrain(words)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -169,7 +182,7 @@ def _reference(folder: Path, data: Path, name: str) -> tuple[dict[str, Any], flo
     _, status = os.waitpid(pid, 0)
     length_s = time.monotonic() - start_s
     if status:
-        raise SystemExit(f"{name}: {(folder / 'session.txt').read_text()}")
+        raise SystemExit(f"{name}: {(folder / SAID).read_text()}")
     outcome = _outcome(folder / "run")
     shutil.rmtree(folder)
     return outcome, length_s
@@ -183,42 +196,45 @@ def _kill_until_done(
     most: int,
     rng: random.Random,
     tally: Tally,
-) -> None:
+) -> bool:
+    """Start the run until it ends by itself; return False if it ended otherwise than it may."""
     (folder / "spill").mkdir(parents=True)
     shared_memory = _shared_memory()
-    n_killed = 0
-    while True:
+    n_killed, code = 0, None
+    tally.runs[name] += 1
+    while code != 0:
         started_at_s = time.time()
         pid = _fork(folder, _command(data, name))
+        number, phase = None, ""
         if n_killed < most and _wait_for_instant(pid, folder / "run", length_s, rng):
-            number = rng.choices(
-                [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], [7, 1, 1, 1]
-            )[0]
-            phase = _phase(folder / "run", started_at_s)
+            number, phase = _draw_signal(rng), _phase(folder / "run", started_at_s)
             os.kill(pid, number)
-            _, status = os.waitpid(pid, 0)
-            code = os.waitstatus_to_exitcode(status)
-            if code != 0:
-                n_killed += 1
-                tally.kills[number.name] += 1
-                tally.phases[phase] += 1
-                if code not in (-number, 130):
-                    tally.differences.append(f"{name}: exit code {code} after {number.name}")
-                    print((folder / "session.txt").read_text(), file=sys.stderr)
+        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if number is not None:
             _check_ended(pid, tally)
-        else:
-            _, status = os.waitpid(pid, 0)
-            code = os.waitstatus_to_exitcode(status)
-        if code == 0:
-            break
-        if code not in (130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT):
-            tally.differences.append(f"{name}: exit code {code}")
-            print((folder / "session.txt").read_text(), file=sys.stderr)
-            break
-    tally.runs[name] += 1
+        if code != 0 and number is not None:
+            n_killed += 1
+            tally.kills[number.name] += 1
+            tally.phases[phase] += 1
+        if code != 0 and (number is None or code not in (-number, 130)):
+            after = "no signal" if number is None else number.name
+            said = " | ".join(_last_said(folder))
+            tally.differences.append(f"{folder.name}: exit code {code} after {after}: {said}")
+            return False
     tally.left_behind += [str(path) for path in (folder / "spill").iterdir()]
     tally.left_behind += [str(path) for path in (folder / "run").rglob(".*")]
     tally.left_behind += sorted(_shared_memory() - shared_memory)
+    return True
+
+
+def _draw_signal(rng: random.Random) -> signal.Signals:
+    numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    return rng.choices(numbers, [7, 1, 1, 1])[0]
+
+
+def _last_said(folder: Path) -> list[str]:
+    return (folder / SAID).read_text(errors="replace").splitlines()[-_N_SHOWN_LINES:]
 
 
 def _wait_for_instant(pid: int, run: Path, length_s: float, rng: random.Random) -> bool:

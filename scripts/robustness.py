@@ -107,7 +107,9 @@ def _inject_faults() -> list[dict[str, str]]:
     os.chdir(CHECKOUT)
     faults = Faults()
     with contextlib.redirect_stdout(sys.stderr):
-        pytest.main(["-m", "fault", "tests"], plugins=[faults])
+        code = pytest.main(["-m", "fault", "tests"], plugins=[faults])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise SystemExit(f"pytest ended with {code!r}: not all faults were injected")
     return faults.rows
 
 

@@ -92,8 +92,7 @@ class Command:
     def end(self) -> None:
         """Ask it to end, and wait."""
         if self.process.poll() is None:
-            self._asked = True
-            self.process.send_signal(signal.SIGTERM)
+            self._send(signal.SIGTERM)
         self._note_end(self.process.wait(120))
 
     def _start(self) -> None:
@@ -108,7 +107,7 @@ class Command:
                 env=_environment(self._folder),
             )
         self.sessions.append(self.process.pid)
-        self._asked = False
+        self._sent: signal.Signals | None = None
         life_s = self._rng.expovariate(1 / self._mean_life_s) if self._mean_life_s else 1e9
         # Before that Python imports, and nothing has been touched.
         self._dies_at_s = time.monotonic() + 5 + life_s
@@ -116,16 +115,22 @@ class Command:
     def _kill(self) -> None:
         number = self._rng.choice(KILLS)
         self._findings.kills[number.name] += 1
-        self._asked = True
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
+        self._send(number)
         self._note_end(self.process.wait(120))
         self._start()
 
+    def _send(self, number: signal.Signals) -> None:
+        self._sent = number
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
     def _note_end(self, code: int) -> None:
         self._findings.ended[f"{self._name}: {code}"] += 1
-        if code not in (0, 130) and not (self._asked and code < 0):
-            self._findings.failures.append(f"{self._name} ended with {code}")
+        # Before it listens, a signal ends a process as the system does.
+        asked = () if self._sent is None else (130, -self._sent)
+        if code not in (0, *asked):
+            after = "no signal" if self._sent is None else self._sent.name
+            self._findings.failures.append(f"{self._name} ended with {code} after {after}")
         if code == 0:
             shutil.rmtree(self._folder / self._name, ignore_errors=True)
 

@@ -1,15 +1,30 @@
 """Jobs that submitit runs: on its own local and debug executors, which are real processes."""
 
+import json
 import os
+import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
+import submitit
 
 from umtrain.errors import ConfigError
-from umtrain.submission import FitJob, LauncherConfig, Submitter, command_of_ranks, split_launcher
+from umtrain.submission import (
+    SUBMITTED,
+    Ended,
+    FitJob,
+    LauncherConfig,
+    Submitter,
+    _ended,
+    command_of_ranks,
+    split_launcher,
+)
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 LOCAL = LauncherConfig("slurm", cluster="local", timeout_min=5, signal_before_s=10)
 
@@ -99,13 +114,95 @@ def test_a_command_is_not_ended_by_the_signal_of_the_cluster(tmp_path):
 
 
 def test_several_ranks_are_started_by_torchrun():
-    command = command_of_ranks("python", 8, ["fit", "res=64"])
-    assert command[:5] == [
-        "python",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
+    eight = LauncherConfig("slurm", ranks=8, signal_before_s=180)
+    command = command_of_ranks("python", eight, ["fit", "res=64"])
+    assert command[0] == "env"
+    assert command[2:5] == ["python", "-m", "torch.distributed.run"]
+    assert command[5:8] == ["--standalone", "--nproc-per-node", "8"]
+    assert command[8:] == ["-m", "umtrain", "fit", "res=64"]
+
+
+def test_a_job_of_one_rank_needs_no_torchrun():
+    one = LauncherConfig("slurm", ranks=1)
+    assert command_of_ranks("python", one, ["fit"]) == ["python", "-m", "umtrain", "fit"]
+
+
+def test_torchrun_waits_longer_than_its_30_s_and_ends_before_the_cluster_kills():
+    config = LauncherConfig("slurm", ranks=8, signal_before_s=180)
+    _, word, *_ = command_of_ranks("python", config, ["fit"])
+    name, _, patience_s = word.partition("=")
+    assert name == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    assert 30 < config.step_grace_s < int(patience_s) < config.signal_before_s
+
+
+@pytest.mark.parametrize("script", ["slurm_node.sbatch", "slurm_four_nodes.sbatch"])
+def test_the_scripts_leave_time_to_save_and_to_requeue(script):
+    text = (SCRIPTS / script).read_text()
+    found = [
+        re.search(pattern, text)
+        for pattern in (r"signal_grace_s=(\d+)", r"SHUTDOWN_TIMEOUT=(\d+)", r"B:TERM@(\d+)")
     ]
-    assert command[5:] == ["8", "-m", "umtrain", "fit", "res=64"]
-    assert command_of_ranks("python", 1, ["fit"]) == ["python", "-m", "umtrain", "fit"]
+    step_s, ranks_s, warning_s = (int(match[1]) for match in found)
+    assert 30 < step_s < ranks_s < warning_s
+
+
+QUICK = [sys.executable, "-c", ""]
+
+
+def _noted(folder):
+    return list(json.loads((folder / SUBMITTED).read_text()))
+
+
+@pytest.fixture
+def once_submitted(monkeypatch):
+    """Have something happen when the jobs of a batch are in the queue, and over already."""
+    submit = submitit.LocalExecutor._internal_process_submissions
+
+    def set_up(happen):
+        def submit_and_more(executor, submissions):
+            jobs = submit(executor, submissions)
+            for job in jobs:
+                job.wait()
+            happen()
+            return jobs
+
+        monkeypatch.setattr(
+            submitit.LocalExecutor, "_internal_process_submissions", submit_and_more
+        )
+
+    return set_up
+
+
+def test_what_is_submitted_is_noted_before_it_is_told(tmp_path, once_submitted):
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    once_submitted(lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        list(Submitter(LOCAL, tmp_path).run({"a": QUICK}, interrupted))
+    assert _noted(tmp_path) == ["a"]
+
+
+def test_ctrl_c_while_jobs_are_submitted_waits_until_they_are_noted(tmp_path, once_submitted):
+    before = signal.getsignal(signal.SIGINT)
+    once_submitted(lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        list(Submitter(LOCAL, tmp_path).run({"a": QUICK, "b": QUICK}))
+    assert _noted(tmp_path) == ["a", "b"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+class BlankError(Exception):
+    def __str__(self):
+        return " \n"
+
+
+class LostJob:
+    state = "NODE_FAIL"
+
+    def result(self):
+        raise BlankError
+
+
+def test_a_job_lost_without_a_word_is_told_by_its_state():
+    assert _ended("a", LostJob()) == Ended("a", None, "NODE_FAIL")

@@ -23,9 +23,21 @@ def run_lock(run_dir: Path) -> Generator[None]:
     try:
         yield
     finally:
-        # While it is held: who opened it meanwhile sees that it is no longer there.
-        (run_dir / _NAME).unlink(missing_ok=True)
-        os.close(descriptor)
+        _release(run_dir, descriptor)
+
+
+def move_run(run_dir: Path, target: Path) -> None:
+    """Rename a run directory that no process is at work in. Raises RunError."""
+    descriptor, lies_at = _take(run_dir), run_dir
+    try:
+        lies_at = run_dir.rename(target)
+    except OSError as error:
+        raise RunError(
+            f"{run_dir}: cannot be renamed to {target.name} ({error.strerror}); make the folder "
+            "around it writable, or name another one"
+        ) from error
+    finally:
+        _release(lies_at, descriptor)
 
 
 def _take(run_dir: Path) -> int:
@@ -55,6 +67,12 @@ def _take(run_dir: Path) -> int:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return descriptor
         os.close(descriptor)
+
+
+def _release(run_dir: Path, descriptor: int) -> None:
+    # While it is held: who opened it meanwhile sees that it is no longer there.
+    (run_dir / _NAME).unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

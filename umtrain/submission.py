@@ -5,12 +5,20 @@
 # what to run next time, which ends the training (it saves as it ends) and names the same command
 # with the same run directory; and puts the job in the queue again under its own number. The signal,
 # SIGUSR2, also reaches the training itself, which is started with it ignored.
+#
+# Note: [Who waits for whom]
+# The cluster kills a job `signal_before_s` after it has signalled. By then torchrun has to be done,
+# which kills its processes a while after it has asked them to end; and before that they have to
+# have saved, once the step under way is done or given up.
 """
 
 import json
 import os
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +31,7 @@ SUBMITTED = "submitted.json"
 _LOGS = "cluster"
 _POLL_S = {"slurm": 10.0, "local": 0.2, "debug": 0.2}
 _IGNORING_USR2 = ("/bin/sh", "-c", 'trap "" USR2; exec "$@"', "sh")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Every time limit is an ordinary pause: a job is put back as often as it takes.
 _MOST_REQUEUES = 1000
 
@@ -42,6 +51,16 @@ class LauncherConfig:
     timeout_min: int = field(default=60, metadata={"help": "time after which it is requeued"})
     signal_before_s: int = field(default=90, metadata={"help": "time to save before that"})
     max_running: int = field(default=16, metadata={"help": "jobs that run at once"})
+
+    @property
+    def step_grace_s(self) -> int:
+        """What a step may take to end; see Note: [Who waits for whom]."""
+        return max(1, self.signal_before_s * 2 // 3)
+
+    @property
+    def ranks_grace_s(self) -> int:
+        """What all processes may take to end; see Note: [Who waits for whom]."""
+        return max(1, self.signal_before_s * 9 // 10)
 
 
 def split_launcher(overrides: Sequence[str]) -> tuple[LauncherConfig, list[str]]:
@@ -82,12 +101,14 @@ def _check(config: LauncherConfig) -> None:
         )
 
 
-def command_of_ranks(python: str, n_ranks: int, words: Sequence[str]) -> list[str]:
-    """Return what starts `umtrain` with `words` in so many processes on one machine."""
-    if n_ranks == 1:
+def command_of_ranks(python: str, config: LauncherConfig, words: Sequence[str]) -> list[str]:
+    """Return what starts `umtrain` with `words` in the launcher's ranks on one machine."""
+    if config.ranks == 1:
         return [python, "-m", "umtrain", *words]
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
-    return [python, *start, "-m", "umtrain", *words]
+    # torchrun's option for it is not known to torch 2.11, which would refuse to start.
+    patience = ["env", f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={config.ranks_grace_s}"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.ranks)]
+    return [*patience, python, *start, "-m", "umtrain", *words]
 
 
 class FitJob:
@@ -186,11 +207,10 @@ class Submitter:
             else:
                 jobs[key] = known
                 say(f"{key}: in the queue already as {known.job_id}")
-        jobs |= self._submit(new)
+        if new:
+            jobs |= self._submit(new)
         for key in new:
             say(f"{key}: submitted as {jobs[key].job_id}")
-        self._ids |= {key: job.job_id for key, job in jobs.items()}
-        write_json(self._path, self._ids)
         keys = {id(job): key for key, job in jobs.items()}
         for job in as_completed(list(jobs.values()), poll_frequency=_POLL_S[self._config.cluster]):
             yield _ended(keys[id(job)], job)
@@ -200,9 +220,14 @@ class Submitter:
         return self._followed(key) is not None
 
     def _submit(self, commands: dict[str, list[str]]) -> dict[str, Any]:
-        with self._executor.batch():
-            here = Path.cwd()
-            return {k: self._executor.submit(FitJob(c, here)) for k, c in commands.items()}
+        """Put the jobs in the queue and note their numbers: both or, short of a crash, neither."""
+        here = Path.cwd()
+        with _signals_held():
+            with self._executor.batch():
+                jobs = {k: self._executor.submit(FitJob(c, here)) for k, c in commands.items()}
+            self._ids |= {key: job.job_id for key, job in jobs.items()}
+            write_json(self._path, self._ids)
+        return jobs
 
     def _followed(self, key: str) -> Any:
         """Return the job of an earlier sweep that is not over, or None."""
@@ -214,6 +239,23 @@ class Submitter:
         return None if job.done(force_check=True) else job
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let the block end; then hand on the signals that came meanwhile. In the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in _SIGNALS}
+    try:
+        yield
+    finally:
+        for held, handler in before.items():
+            signal.signal(held, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def _given(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
@@ -222,4 +264,5 @@ def _ended(key: str, job: Any) -> Ended:
     try:
         return Ended(key, job.result())
     except Exception as error:  # whatever the cluster did to it: a row of the table, no end
-        return Ended(key, None, str(error).strip().splitlines()[-1] if str(error) else job.state)
+        lines = str(error).strip().splitlines()
+        return Ended(key, None, lines[-1] if lines else job.state)

@@ -6,43 +6,41 @@ import io
 import itertools
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from umtrain.config import (
-    RunConfig,
-    config_to_dict,
-    load_config,
-    quoted,
-    run_identity,
-    sweep_axes,
-)
+from umtrain.config import load_config, quoted, sweep_axes
 from umtrain.console import Console, format_duration
-from umtrain.errors import Interrupted, RunError, UmtrainError
+from umtrain.errors import Interrupted, RunError
 from umtrain.files import write_json, write_text
+from umtrain.job import (
+    Job,
+    failed_record,
+    finished,
+    is_unfinished,
+    record_after,
+    record_stamp,
+    set_aside,
+)
 from umtrain.processes import end_with_parent
 from umtrain.report.plots_sweep import sweep_plot
-from umtrain.report.record import RECORD_NAME, Record, figure, read_record
+from umtrain.report.record import RECORD_NAME, Record, figure
 from umtrain.report.sweep_page import main_axis, write_sweep_page
 from umtrain.report.tables import strategy_table, sweep_cells, sweep_table
-from umtrain.run_dir import read_run_config
 from umtrain.signals import StopRequest
 from umtrain.submission import LauncherConfig, Submitter, command_of_ranks, split_launcher
 
 SWEEPS = Path("runs")
 SUMMARY_NAME = "summary.json"
-_SETTLED = ("ok", "oom")
+STAMPS = "stamps.json"
 _LONGEST_NAME = 120
 _PATIENCE_S = 10.0
 _ROW_KEYS = ("axes", "status", "dataset", "res", "memory", "device", "reasons")
@@ -60,16 +58,6 @@ _COLUMNS = {
     "n_test": "data.n_test",
     "elapsed_s": "elapsed_s",
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One point of the cross product."""
-
-    axes: dict[str, str]
-    overrides: list[str]
-    run_dir: Path
-    config: RunConfig
 
 
 def sweep(overrides: list[str], console: Console) -> Path:
@@ -111,7 +99,7 @@ def _one_by_one(
 ) -> Iterator[tuple[int, Record]]:
     """Yield each job's position and record, run here in turn."""
     for position, job in enumerate(jobs):
-        record = _finished(job)
+        record = finished(job)
         _announce(position, jobs, console, "" if record is None else ": finished before, kept")
         yield position, _run_job(job, display) if record is None else record
 
@@ -125,26 +113,54 @@ def _on_cluster(
 ) -> Iterator[tuple[int, Record]]:
     """Yield each job's position and record as it ends; all are submitted at once."""
     submitter = Submitter(launcher, folder)
-    commands: dict[str, list[str]] = {}
     positions = {job.run_dir.name: position for position, job in enumerate(jobs)}
+    commands: dict[str, list[str]] = {}
+    stamps = _stamps_at_submission(folder)
     for name, position in positions.items():
         job = jobs[position]
-        record = _finished(job)
+        record = finished(job)
         if record is not None:
             _announce(position, jobs, console, ": finished before, kept")
+        elif not submitter.is_queued(name):
+            record = _make_room(job)
+            stamps[name] = record_stamp(job)
+        if record is not None:
             yield position, record
         else:
-            words = ["fit", *job.overrides, f"run_dir={quoted(str(job.run_dir.absolute()))}"]
-            commands[name] = command_of_ranks(sys.executable, launcher.ranks, words)
-            if not submitter.is_queued(name) and not _is_unfinished(job):
-                _set_aside(job.run_dir)
+            commands[name] = _cluster_command(launcher, job)
+    write_json(folder / STAMPS, stamps)
     try:
         for ended in submitter.run(commands, console.say):
             position = positions[ended.key]
-            yield position, _record_of(jobs[position], ended.code, ended.reason)
+            stamp_before = stamps.get(ended.key)
+            yield position, record_after(jobs[position], stamp_before, ended.code, ended.reason)
     except KeyboardInterrupt:
         console.say("submitted jobs go on without the sweep; the same command follows them again")
         raise
+
+
+def _cluster_command(launcher: LauncherConfig, job: Job) -> list[str]:
+    # The job's own words come later and win.
+    words = ["fit", f"signal_grace_s={launcher.step_grace_s}", *job.overrides]
+    words.append(f"run_dir={quoted(str(job.run_dir.absolute()))}")
+    return command_of_ranks(sys.executable, launcher, words)
+
+
+def _stamps_at_submission(folder: Path) -> dict[str, int | None]:
+    """Return the stamps that the jobs' records had as earlier sweeps submitted them, by name."""
+    path = folder / STAMPS
+    stamps: dict[str, int | None] = json.loads(path.read_text()) if path.exists() else {}
+    return stamps
+
+
+def _make_room(job: Job) -> Record | None:
+    """Set aside what another job left in the folder; return the job's row if that fails."""
+    try:
+        if not is_unfinished(job):
+            set_aside(job.run_dir)
+    except RunError as error:
+        return failed_record(job, str(error))
+    return None
 
 
 def _announce(position: int, jobs: list[Job], console: Console, what: str) -> None:
@@ -183,53 +199,11 @@ def _sweep_folder(axes: dict[str, list[str]], fixed: list[str]) -> Path:
     return SWEEPS / f"sweep-{'-'.join(key.split('.')[-1] for key in axes)}-{digest}"
 
 
-def _finished(job: Job) -> Record | None:
-    """Return the record of an earlier run of the same job on the same data, if it is settled."""
-    if not (job.run_dir / RECORD_NAME).exists():
-        return None
-    try:
-        record = read_record(job.run_dir)
-        before = config_to_dict(read_run_config(job.run_dir, {}))
-    except UmtrainError:
-        return None
-    same = _same_choices(config_to_dict(job.config), before) and _same_data(job, record)
-    return record if same and record["status"] in _SETTLED else None
-
-
-def _same_choices(wanted: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Tell whether a run made with `before` is what `wanted` asks for; auto and null take any."""
-    return all(
-        _same_choices(value, before[key])
-        if isinstance(value, dict)
-        else value in (before[key], "auto", None) or key in ("run_dir", "manifest")
-        for key, value in wanted.items()
-    )
-
-
-def _same_data(job: Job, record: Record) -> bool:
-    manifest = job.config.dataset.manifest
-    if manifest is None:
-        return True
-    content = Path(manifest).expanduser().read_bytes()
-    return bool(hashlib.sha256(content).hexdigest() == record["data"].get("manifest_sha256"))
-
-
-def _is_unfinished(job: Job) -> bool:
-    """Tell whether what is in the job's folder is this very job, to be gone on with."""
-    try:
-        before = config_to_dict(read_run_config(job.run_dir, {}))
-        same_data = not (job.run_dir / RECORD_NAME).exists() or _same_data(
-            job, read_record(job.run_dir)
-        )
-    except UmtrainError:
-        return False
-    return same_data and _same_choices(config_to_dict(job.config), before)
-
-
 def _run_job(job: Job, display: "_Display") -> Record:
-    if not _is_unfinished(job):
-        _set_aside(job.run_dir)
-    stamp_before = _stamp(job.run_dir / RECORD_NAME)
+    failure = _make_room(job)
+    if failure is not None:
+        return failure
+    stamp_before = record_stamp(job)
     command = [sys.executable, "-m", "umtrain", "fit", *job.overrides]
     process = subprocess.Popen(
         [*command, f"run_dir={quoted(str(job.run_dir))}"],
@@ -249,21 +223,7 @@ def _run_job(job: Job, display: "_Display") -> Record:
     except KeyboardInterrupt as error:
         _end(process, job.config.signal_grace_s, has_heard="SIGINT" in str(error))
         raise Interrupted(f"{error}; run the same command again to go on") from error
-    if code < 0 or (code and _stamp(job.run_dir / RECORD_NAME) == stamp_before):
-        return _lost_record(job, code, last_line)
-    return _record_of(job, code, last_line)
-
-
-def _record_of(job: Job, code: int | None, last_line: str) -> Record:
-    try:
-        return read_record(job.run_dir)
-    except RunError:
-        return _lost_record(job, code, last_line)
-
-
-def _stamp(path: Path) -> int | None:
-    """Return what changes when the file at `path` is written; None if there is none."""
-    return path.stat().st_mtime_ns if path.exists() else None
+    return record_after(job, stamp_before, code, last_line)
 
 
 def _end(process: "subprocess.Popen[str]", grace_s: float, has_heard: bool) -> None:
@@ -283,30 +243,6 @@ def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
     assert process.stdout is not None
     for line in process.stdout:
         yield line.rstrip()
-
-
-def _set_aside(run_dir: Path) -> None:
-    """Move what an unfinished job left out of the way; nothing is deleted."""
-    if not run_dir.exists():
-        return
-    number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.unfinished-{number}")).exists():
-        number += 1
-    run_dir.rename(aside)
-
-
-def _lost_record(job: Job, code: int | None, last_line: str) -> Record:
-    """Return the row of a job that was killed, or ended before it could write a record."""
-    if code is None:
-        ended = "the cluster"
-    else:
-        ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
-    return {
-        "status": "failed",
-        "command": "fit",
-        **run_identity(job.config),
-        "reasons": {"status": f"ended by {ended} before it wrote a record: {last_line}"},
-    }
 
 
 def _write_summary(folder: Path, axes: list[str], records: list[Record]) -> None:

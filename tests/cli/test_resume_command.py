@@ -13,8 +13,9 @@ import pytest
 from umtrain.checkpoint import load_checkpoint, step_paths
 from umtrain.cli import main
 from umtrain.config import load_config
+from umtrain.job import is_unfinished
 from umtrain.run_dir import write_config
-from umtrain.sweep import _is_unfinished, plan_jobs
+from umtrain.sweep import plan_jobs
 
 KILL_TEST = Path(__file__).parents[2] / "scripts" / "kill_test.py"
 SMALL = (
@@ -117,9 +118,9 @@ def test_the_run_goes_on_by_its_name_alone(interrupted, umtrain):
 
 def test_a_sweep_goes_on_with_its_unfinished_jobs_and_not_with_others(slides, tmp_path):
     (job,) = plan_jobs({"res": ["64"]}, [f"dataset.manifest={slides}"], tmp_path)
-    assert not _is_unfinished(job)
+    assert not is_unfinished(job)
     job.run_dir.mkdir()
     write_config(job.run_dir, job.config)
-    assert _is_unfinished(job)
+    assert is_unfinished(job)
     write_config(job.run_dir, load_config(["res=64", "seed=3", f"dataset.manifest={slides}"]))
-    assert not _is_unfinished(job)
+    assert not is_unfinished(job)
