@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -112,6 +113,27 @@ def test_a_run_stopped_in_mid_epoch_ends_as_one_that_was_not(overrides, slides, 
     again.fit()
     assert again.progress.resumed_after == [stopped_after]
     assert_same(results(tmp_path / "run"), results(tmp_path / "whole"))
+
+
+def trained(task, folder, stop_after=None):
+    """Go on with the run in `folder`, or begin it, until a signal in step `stop_after`."""
+    logger = RunLogger() if stop_after is None else SignalAfter(stop_after)
+    with StopRequest(60) as stop:
+        trainer = make_trainer(task, folder, logger, stop)
+        for newest_path in step_paths(folder / "checkpoints")[:1]:
+            trainer.restore(newest_path)
+        with nullcontext() if stop_after is None else pytest.raises(Interrupted):
+            trainer.fit()
+    return trainer
+
+
+def test_no_image_of_an_epoch_is_lost_however_often_other_ranks_go_on(slides, tmp_path):
+    trained(make_task(slides, "epochs=1", "batch_size=1"), tmp_path, stop_after=1)
+    as_two_ranks = make_task(slides, "epochs=1", "batch_size=2")
+    trained(as_two_ranks, tmp_path, stop_after=2)
+    again = trained(as_two_ranks, tmp_path)
+    # The batch of which one image was trained begins anew; then the rest of the four.
+    assert [step.images for step in again.progress.steps] == [1, 2, 2]
 
 
 def test_long_epochs_are_saved_by_the_clock(slides, tmp_path):

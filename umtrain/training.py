@@ -148,7 +148,7 @@ class Trainer:
         self.progress = Progress()
         self._memory_before: Record | None = None
         self._n_steps_before = 0
-        self._n_done = 0  # steps of the epoch that is next, done by an earlier session
+        self._n_done = 0  # steps of the epoch under way, by as many ranks as there are now
         self._is_whole = True  # no step has begun that is not over
         self._saved_step: int | None = None
         self._saved_s = time.monotonic()
@@ -177,8 +177,8 @@ class Trainer:
     def _train_epoch(self, epoch: int, log: StepLog) -> None:
         first_step = (epoch - 1) * self.steps_per_epoch
         planned = min(self.steps_per_epoch, self.total_steps - first_step)
-        n_done, self._n_done = self._n_done, 0
-        if n_done == planned:
+        n_done = self._n_done
+        if n_done >= planned:
             return
         title = f"epoch {epoch}/{self.config.epochs}"
         self.loader.set_epoch(epoch, n_done * self.config.optim.accumulate)
@@ -196,6 +196,7 @@ class Trainer:
 
     def _note(self, step: Step, log: StepLog) -> None:
         self.progress.steps.append(step)
+        self._n_done += 1
         self._is_whole = True
         log.write(step)
         self._log_step(step)
@@ -367,6 +368,7 @@ class Trainer:
                 self.progress.best_epoch = epoch
                 self.progress.best_steps.append(len(self.progress.steps))
             self.progress.epochs = epoch
+            self._n_done = 0
             self._is_whole = True
             self._save()
         epoch_loss = self.progress.epoch_loss(epoch)
@@ -431,6 +433,7 @@ class Trainer:
             "random": random_state(),
             "strategy": self.strategy.running_name,
             "together": self.together,
+            "n_images_of_epoch": self._n_images_done(),
             "config": config_to_dict(self.config),
             "manifest_sha256": self.task.manifest.sha256,
             "skipped": self.task.skipped.entries,
@@ -450,7 +453,7 @@ class Trainer:
         self.clock.go_on(state["started_at_s"], state["elapsed_s"])
         self.task.skipped.restore(state["skipped"])
         restore_random_state(state["random"])
-        self._n_done = sum(s.epoch == self.progress.epochs + 1 for s in self.progress.steps)
+        self._n_done = self._steps_of(state["n_images_of_epoch"])
         if state["together"] != self.together:
             self._go_on_with_other_batches(state["together"])
         self._memory_before, self._n_steps_before = state["memory_use"], state["step"]
@@ -458,17 +461,19 @@ class Trainer:
         if self.ranks.world.is_main:
             self._restore_best(path.parent)
 
-    def _go_on_with_other_batches(self, together_before: int) -> None:
-        """Go on where another number of ranks left: at as many images of the epoch, or just before.
+    def _n_images_done(self) -> int:
+        """Return how many images of the epoch under way are behind it, readable or not."""
+        n_images = self._n_done * self.config.optim.accumulate * self.together
+        return min(n_images, self.n_train)
 
-        The learning rate is that of the same share of the training.
-        """
-        accumulate = self.config.optim.accumulate
-        n_images = min(self._n_done * accumulate * together_before, self.n_train)
-        is_over = n_images == self.n_train
-        self._n_done = n_images // (accumulate * self.together)
-        if is_over:
-            self._n_done = self.steps_per_epoch
+    def _steps_of(self, n_images: int) -> int:
+        """Return the steps after which `n_images` of an epoch are behind it, or a few less."""
+        if n_images == self.n_train:
+            return self.steps_per_epoch
+        return n_images // (self.config.optim.accumulate * self.together)
+
+    def _go_on_with_other_batches(self, together_before: int) -> None:
+        """Go on where another number of ranks left, at the rate of the same share of training."""
         if isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
             position = self.progress.epochs * self.steps_per_epoch + self._n_done
             self.schedule.last_epoch = position
