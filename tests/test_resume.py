@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 from umtrain.checkpoint import load_checkpoint, save_checkpoint, step_path, step_paths
 from umtrain.clock import RunClock
@@ -46,6 +47,15 @@ class NoLoss(SlideTask):
     def loss(self, outputs, batch):
         factor = float("nan") if set(batch["id"]) & set(self.hopeless) else 1.0
         return super().loss(outputs, batch) * factor
+
+
+class SmallTask(SlideTask):
+    """A task whose network is small: what is tested is around it."""
+
+    def create_model(self, pretrained=None):
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, self.n_outputs)
+        )
 
 
 def make_task(slides, *overrides, kind=SlideTask):
@@ -128,8 +138,9 @@ def trained(task, folder, stop_after=None):
 
 
 def test_no_image_of_an_epoch_is_lost_however_often_other_ranks_go_on(slides, tmp_path):
-    trained(make_task(slides, "epochs=1", "batch_size=1"), tmp_path, stop_after=1)
-    as_two_ranks = make_task(slides, "epochs=1", "batch_size=2")
+    one_rank = make_task(slides, "epochs=1", "batch_size=1", kind=SmallTask)
+    trained(one_rank, tmp_path, stop_after=1)
+    as_two_ranks = make_task(slides, "epochs=1", "batch_size=2", kind=SmallTask)
     trained(as_two_ranks, tmp_path, stop_after=2)
     again = trained(as_two_ranks, tmp_path)
     # The batch of which one image was trained begins anew; then the rest of the four.
@@ -152,6 +163,68 @@ def test_best_weights_of_steps_that_are_lost_are_put_right(slides, tmp_path):
     save_checkpoint(best, {"model": {}, "epoch": 9, "step": 99})
     make_trainer(task, tmp_path).restore(step_path(tmp_path / "checkpoints", 2))
     assert_same(load_checkpoint(best), expected)
+
+
+@pytest.fixture
+def going_back(slides, tmp_path):
+    """A run of four steps, and what goes on with it after the second one, the best one then."""
+    task = make_task(slides, kind=SmallTask)
+    make_trainer(task, tmp_path).fit()
+    trainer = make_trainer(task, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    kept = step_path(tmp_path / "checkpoints", 2).replace(tmp_path / "elsewhere" / "kept.pt")
+    return trainer, kept, tmp_path / "checkpoints"
+
+
+def test_steps_that_are_given_up_stay_until_others_are_saved(going_back):
+    trainer, kept, folder = going_back
+    newer = step_path(folder, 4)
+    save_checkpoint(step_path(folder, 5), load_checkpoint(newer))
+    trainer.restore(kept)
+    assert step_paths(folder) == [step_path(folder, 5), newer]
+    trainer.fit()
+    assert step_paths(folder) == [newer]
+    assert load_checkpoint(newer)["progress"]["resumed_after"] == [2]
+
+
+def test_the_best_weights_are_had_from_the_checkpoint_that_is_gone_on_from(going_back):
+    trainer, kept, folder = going_back
+    (folder / "best.pt").write_bytes(b"")
+    trainer.restore(kept)
+    assert load_checkpoint(folder / "best.pt")["step"] == 2
+    assert not (kept.parent / "best.pt").exists()
+
+
+def test_whole_best_weights_need_no_other_file(going_back):
+    trainer, kept, folder = going_back
+    state = load_checkpoint(kept)
+    state["progress"]["best_steps"] = [1]
+    save_checkpoint(kept, state)
+    save_checkpoint(folder / "best.pt", {"model": {}, "epoch": 1, "step": 1})
+    before = (folder / "best.pt").stat().st_ino
+    trainer.restore(kept)
+    assert (folder / "best.pt").stat().st_ino == before
+    save_checkpoint(folder / "best.pt", {"model": {}, "epoch": 1, "step": 3})
+    text = (
+        r"of step 1, are in no file:\n  .*step-00000001\.pt: no such checkpoint.*\n"
+        r"  .*best\.pt: the weights of step 3\nRestore one of the two"
+    )
+    with pytest.raises(RunError, match=text):
+        trainer.restore(kept)
+
+
+def test_a_signal_as_the_best_weights_are_put_right_waits_for_that(going_back, monkeypatch):
+    trainer, kept, folder = going_back
+
+    def save(path, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr("umtrain.training.save_checkpoint", save)
+    (folder / "best.pt").unlink()
+    with trainer.stop, pytest.raises(Interrupted, match="SIGTERM"):
+        trainer.restore(kept)
+    assert load_checkpoint(folder / "best.pt")["step"] == 2
 
 
 @pytest.mark.fault("a loss that is no number, on_nan=skip", "left out, counted, weights as before")
@@ -288,7 +361,7 @@ def run_dir(tmp_path):
 def test_a_run_goes_on_from_its_newest_checkpoint_with_what_auto_had_chosen(run_dir):
     said = []
     start = plan_start(run_dir, config(), "abc", said.append)
-    assert start == Start(step_path(run_dir / "checkpoints", 4), "stream", False)
+    assert start == Start(step_path(run_dir / "checkpoints", 4), "stream", False, 4)
     assert said == ["resume   after step 4"]
 
 
@@ -304,15 +377,24 @@ def test_other_rows_are_refused(run_dir):
 
 
 def test_an_older_checkpoint_by_name_takes_the_run_back(run_dir):
-    for step in (6, 8):
+    for name, step in (("kept.pt", 6), ("step-00000008.pt", 8)):
         state = load_checkpoint(step_path(run_dir / "checkpoints", 4))
-        save_checkpoint(step_path(run_dir / "checkpoints", step), {**state, "step": step})
-    older = step_path(run_dir / "checkpoints", 6)
+        save_checkpoint(run_dir / "checkpoints" / name, {**state, "step": step})
+    older = run_dir / "checkpoints" / "kept.pt"
     chosen = continued_config([f"resume={older}", "dataset.workers=0", "memory=vanilla"])
     assert (chosen.dataset.workers, chosen.memory.name) == (0, "vanilla")
     assert choose_run_dir(chosen) == run_dir
-    assert plan_start(run_dir, chosen, "abc", lambda text: None).checkpoint == older
-    assert not step_path(run_dir / "checkpoints", 8).exists()
+    start = plan_start(run_dir, chosen, "abc", lambda text: None)
+    assert (start.checkpoint, start.step) == (older, 6)
+    # Whether that works is still to be seen.
+    assert step_path(run_dir / "checkpoints", 8).exists()
+
+
+def test_a_damaged_record_is_no_record(run_dir):
+    (run_dir / "metrics.json").write_text("{")
+    said = []
+    assert not plan_start(run_dir, config(), "abc", said.append).is_over
+    assert said[0] == f"record   {run_dir / 'metrics.json'} is damaged; it is written anew"
 
 
 def test_weights_alone_are_not_gone_on_from(run_dir):

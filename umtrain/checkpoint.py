@@ -82,7 +82,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         written = state.pop(_DIGEST)
     except FileNotFoundError:
-        raise RunError(f"{path}: no such checkpoint; the run has not finished an epoch") from None
+        raise RunError(
+            f"{path}: no such checkpoint; the first is written as an epoch ends"
+        ) from None
     except Exception as error:
         raise _unread(path, _behind(error, handled)) from error
     if written != _digest(state):

@@ -17,7 +17,9 @@ from umtrain.checkpoint import (
     load_checkpoint,
     prune,
     save_checkpoint,
+    step_of,
     step_path,
+    step_paths,
 )
 from umtrain.clock import RunClock
 from umtrain.config import RunConfig, config_to_dict
@@ -151,6 +153,7 @@ class Trainer:
         self._n_done = 0  # steps of the epoch under way, by as many ranks as there are now
         self._is_whole = True  # no step has begun that is not over
         self._saved_step: int | None = None
+        self._given_up: list[Path] = []  # checkpoints of steps that this session goes back before
         self._saved_s = time.monotonic()
 
     def fit(self) -> None:
@@ -412,6 +415,10 @@ class Trainer:
             save_checkpoint(step_path(folder, step), self._state())
             if self.progress.best_steps[-1:] == [step]:
                 save_checkpoint(folder / BEST, self._weights())
+            for path in self._given_up:
+                if path != step_path(folder, step):
+                    path.unlink(missing_ok=True)
+            self._given_up = []
             prune(folder, self.progress.best_steps)
         self._saved_step, self._saved_s = step, time.monotonic()
 
@@ -459,7 +466,10 @@ class Trainer:
         self._memory_before, self._n_steps_before = state["memory_use"], state["step"]
         self._saved_step = state["step"]
         if self.ranks.world.is_main:
-            self._restore_best(path.parent)
+            newer = [p for p in step_paths(self.run_dir / FOLDER) if step_of(p) > state["step"]]
+            self._given_up = newer
+            with self.stop.finishing():
+                self._restore_best(state)
 
     def _n_images_done(self) -> int:
         """Return how many images of the epoch under way are behind it, readable or not."""
@@ -482,14 +492,34 @@ class Trainer:
                 group["lr"] = base * factor(position)
         self.console.say(f"ranks    batches of {self.together} images, {together_before} before")
 
-    def _restore_best(self, folder: Path) -> None:
-        """Make best.pt the best weights as of now: it may be older, or of steps that are lost."""
+    def _restore_best(self, state: dict[str, Any]) -> None:
+        """Make best.pt the best weights as of `state`: it may be of other steps, or damaged.
+
+        Raises RunError if no file has them.
+        """
+        path = self.run_dir / FOLDER / BEST
         if not self.progress.best_steps:
-            (folder / BEST).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             return
         step = self.progress.best_steps[-1]
-        best = load_checkpoint(step_path(folder, step))
-        save_checkpoint(folder / BEST, {key: best[key] for key in self._weights()})
+        try:
+            found = load_checkpoint(path)["step"]
+            lacks = f"{path}: the weights of step {found}"
+        except RunError as error:
+            found, lacks = None, str(error)
+        if found != step:
+            best = state if state["step"] == step else self._load_best(step, lacks)
+            save_checkpoint(path, {key: best[key] for key in self._weights()})
+
+    def _load_best(self, step: int, lacks: str) -> dict[str, Any]:
+        try:
+            return load_checkpoint(step_path(self.run_dir / FOLDER, step))
+        except RunError as error:
+            raise RunError(
+                f"the best weights so far, of step {step}, are in no file:\n  {error}\n  {lacks}\n"
+                "Restore one of the two from a copy, go back before that step with resume=PATH of "
+                "an earlier checkpoint, or start over in a new run_dir"
+            ) from error
 
 
 class _BufferCopy:
