@@ -7,36 +7,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from small_trainer import SignalAfter, SmallTask, make_task, make_trainer
 
 from umtrain.checkpoint import load_checkpoint, save_checkpoint, step_path, step_paths
 from umtrain.clock import RunClock
 from umtrain.config import config_to_dict, load_config
-from umtrain.console import Console
-from umtrain.data.manifest import read_manifest
 from umtrain.device import naming_device_failures
 from umtrain.errors import ConfigError, DeviceError, Interrupted, RunError
 from umtrain.logger import RunLogger
-from umtrain.memory import create
 from umtrain.resume import Start, differences, plan_start
 from umtrain.run_dir import choose_run_dir, continued_config, write_config
 from umtrain.signals import StopRequest
 from umtrain.tasks.slides import SlideTask
-from umtrain.training import Trainer
-
-CPU = torch.device("cpu")
-SMALL = ("res=64", "dataset.workers=0", "epochs=2", "batch_size=2", "device=cpu", "precision=fp32")
-
-
-class SignalAfter(RunLogger):
-    """Sends SIGTERM to this process while a step is being noted."""
-
-    def __init__(self, number):
-        self._number = number
-
-    def step(self, number, scalars):
-        if number == self._number:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class NoLoss(SlideTask):
@@ -47,28 +29,6 @@ class NoLoss(SlideTask):
     def loss(self, outputs, batch):
         factor = float("nan") if set(batch["id"]) & set(self.hopeless) else 1.0
         return super().loss(outputs, batch) * factor
-
-
-class SmallTask(SlideTask):
-    """A task whose network is small: what is tested is around it."""
-
-    def create_model(self, pretrained=None):
-        return nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, self.n_outputs)
-        )
-
-
-def make_task(slides, *overrides, kind=SlideTask):
-    config = load_config([f"dataset.manifest={slides}", *SMALL, *overrides])
-    return kind(config, read_manifest(slides, "wsi"))
-
-
-def make_trainer(task, folder, logger=None, stop=None):
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    strategy = create("vanilla")
-    model = task.create_model()
-    return Trainer(task, model, strategy, CPU, folder, Console(), logger or RunLogger(), stop=stop)
 
 
 def newest(folder):

@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from umtrain.console import Console, format_duration
 from umtrain.console import Task as Work
 from umtrain.data.loader import Batch, Loader
 from umtrain.data.manifest import Split
-from umtrain.errors import DataError, RunError
+from umtrain.errors import DataError, RankError, RunError
 from umtrain.logger import RunLogger
 from umtrain.memory.allocator import giving_back
 from umtrain.memory.base import Strategy
@@ -152,6 +153,7 @@ class Trainer:
         self._n_steps_before = 0
         self._n_done = 0  # steps of the epoch under way, by as many ranks as there are now
         self._is_whole = True  # no step has begun that is not over
+        self._is_end_agreed = False  # all ranks end after this step
         self._saved_step: int | None = None
         self._given_up: list[Path] = []  # checkpoints of steps that this session goes back before
         self._saved_s = time.monotonic()
@@ -165,9 +167,10 @@ class Trainer:
         try:
             with StepLog(self.run_dir / "steps.csv", self.progress.steps) as log:
                 self._fit(log)
-        except (KeyboardInterrupt, DataError):
+        except (KeyboardInterrupt, DataError, RankError):
             if self._is_whole and self._saved_step != len(self.progress.steps):
-                self._save()
+                with self.stop.finishing():
+                    self._save()
             raise
 
     def _fit(self, log: StepLog) -> None:
@@ -185,17 +188,23 @@ class Trainer:
             return
         title = f"epoch {epoch}/{self.config.epochs}"
         self.loader.set_epoch(epoch, n_done * self.config.optim.accumulate)
-        with self.console.task(title, planned) as bar:
+        with self.console.task(title, planned) as bar, self._steps_together():
             batches = _timed(self.loader)
             for done in range(n_done + 1, planned + 1):
                 self.strategy.on_progress = _Inside(bar, done, "step").update
                 with self.stop.finishing():
                     step = self._step(epoch, done - 1, batches)
                     self._note(step, log)
+                if self._is_end_agreed:
+                    self.stop.end()
                 bar.update(done, f"loss {step.loss:.4f}  {step.images / step.step_s:.2f}/s")
                 self._save_if_due()
         # The tail of an epoch cut short by max_steps is left unread: end its workers now.
         batches.close()
+
+    def _steps_together(self) -> AbstractContextManager[None]:
+        """Return what surrounds steps: Note: [Ranks end after the same step] in signals.py."""
+        return nullcontext() if self.ranks.world.is_alone else self.stop.finishing()
 
     def _note(self, step: Step, log: StepLog) -> None:
         self.progress.steps.append(step)
@@ -264,11 +273,13 @@ class Trainer:
         loss, n_images, n_asked = self.ranks.finish_step([loss, n_images, is_asked])
         if n_asked:
             self.stop.name = self.stop.name or "a signal to another rank"
+            self._is_end_agreed = True
         return loss, round(n_images)
 
     def _pass_along(self) -> None:
         """Take part, without an image, in the statistics that ranks join; it counts for nothing."""
         sample = self.task.sample_input(self.device, input_dtype(self.config.precision))
+        self._is_whole = False
         with self.strategy.step():
             with autocast(self.device, self.config.precision):
                 outputs = self.model(torch.zeros_like(sample[:1]))
