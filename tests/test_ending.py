@@ -6,7 +6,7 @@ import signal
 import pytest
 from small_trainer import SignalAfter, SmallTask, make_task, make_trainer
 
-from umtrain.checkpoint import load_checkpoint, step_paths
+from umtrain.checkpoint import load_checkpoint, save_checkpoint, step_paths
 from umtrain.errors import Interrupted, RankError
 from umtrain.parallel.world import World, entered
 from umtrain.signals import StopRequest
@@ -76,6 +76,20 @@ def test_a_signal_to_another_rank_ends_this_one_after_the_same_step(twin, slides
     trainer = make(slides, tmp_path)
     with pytest.raises(Interrupted, match="a signal to another rank"):
         trainer.fit()
+    assert saved_steps(tmp_path) == [1]
+
+
+def test_a_rank_that_hears_of_it_twice_saves_all_the_same(twin, slides, tmp_path, monkeypatch):
+    def save(path, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr("umtrain.training.save_checkpoint", save)
+    twin.is_asked_too = True
+    with StopRequest(60) as stop:
+        trainer = make(slides, tmp_path, stop=stop)
+        with pytest.raises(Interrupted):
+            trainer.fit()
     assert saved_steps(tmp_path) == [1]
 
 

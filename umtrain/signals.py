@@ -37,6 +37,7 @@ class StopRequest:
         self.name: str | None = None
         self._grace_s = grace_s
         self._is_busy = False
+        self._has_heard = False  # itself: `name` may be what another rank has heard
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -78,7 +79,7 @@ class StopRequest:
         raise self._interruption()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        is_first = self.name is None
+        is_first, self._has_heard = not self._has_heard, True
         self.name = self.name or signal.Signals(number).name
         if not (is_first and self._is_busy):
             self.end()
