@@ -1,5 +1,8 @@
+import os
 import pickle
 import resource
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umtrain.checkpoint import (
+    DamagedError,
     load_checkpoint,
     newest_checkpoint,
     prune,
@@ -16,8 +20,10 @@ from umtrain.checkpoint import (
     step_path,
     step_paths,
 )
-from umtrain.errors import RunError
-from umtrain.files import remove_leftovers
+from umtrain.errors import Interrupted, OutOfMemoryError, RunError
+from umtrain.files import remove_leftovers, write_atomic
+from umtrain.memory.linux import data_bytes
+from umtrain.signals import StopRequest
 
 STATE = {
     "weights": torch.arange(48, dtype=torch.float32).reshape(1, 3, 4, 4),
@@ -58,7 +64,7 @@ def test_no_flipped_bit_and_no_missing_end_goes_unnoticed(tmp_path):
             try:
                 # Names and padding of the container may change: what was saved may not.
                 assert _same(STATE, load_checkpoint(path))
-            except RunError:
+            except DamagedError:
                 n_refused += 1
     assert n_refused > len(whole) / 7
 
@@ -90,6 +96,34 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
     for _ in range(2):  # not at the second try either
         with pytest.raises(RunError, match="every checkpoint is damaged; restore one"):
             newest_checkpoint(tmp_path, lambda text: None)
+
+
+@pytest.mark.fault("a disk that does not give a checkpoint", "exit 2, the checkpoint is kept")
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_taken_for_damaged(tmp_path):
+    save_checkpoint(step_path(tmp_path, 2), {"step": 2})
+    step_path(tmp_path, 4).symlink_to("/proc/self/mem")  # its start fails as a bad disk's does
+    text = r"step-00000004\.pt: cannot be read \(Input/output error\); it is kept"
+    with pytest.raises(RunError, match=text):
+        newest_checkpoint(tmp_path, print)
+    assert step_paths(tmp_path) == [step_path(tmp_path, step) for step in (4, 2)]
+
+
+@pytest.mark.fault("no memory to read a checkpoint", "exit 3, the checkpoint is kept")
+def test_a_checkpoint_that_memory_is_short_for_is_not_taken_for_damaged(tmp_path):
+    save_checkpoint(step_path(tmp_path, 2), {"x": torch.zeros(2**24)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + 2**25, hard))
+    try:
+        # What earlier tests have freed is still this process's: it is taken, untouched.
+        held = []
+        with suppress(RuntimeError):
+            while True:
+                held.append(torch.empty(2**22))
+        with pytest.raises(OutOfMemoryError, match=r"step-00000002\.pt: memory ran out as this"):
+            newest_checkpoint(tmp_path, print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    assert newest_checkpoint(tmp_path, print)[0] == step_path(tmp_path, 2)
 
 
 def test_no_checkpoint_at_all_is_a_run_that_begins(tmp_path):
@@ -126,6 +160,45 @@ def test_a_disk_that_is_full_leaves_the_earlier_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == [path]
     assert load_checkpoint(path)["x"].equal(torch.zeros(10))
+
+
+@pytest.fixture
+def signal_in_write(monkeypatch):
+    """Send SIGTERM to this process as torch writes the middle of a checkpoint."""
+
+    class Stream:
+        def __init__(self, stream):
+            self.n, self.stream, self.flush = 0, stream, stream.flush
+
+        def write(self, content):
+            self.n += 1
+            if self.n == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.stream.write(content)
+
+    def write(path, fill):
+        write_atomic(path, lambda stream: fill(Stream(stream)))
+
+    monkeypatch.setattr("umtrain.checkpoint.write_atomic", write)
+
+
+def test_a_signal_while_a_checkpoint_is_written_is_an_interruption(tmp_path, signal_in_write):
+    with StopRequest(60), pytest.raises(Interrupted, match="by SIGTERM"):
+        save_checkpoint(tmp_path / "a.pt", STATE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("before", [Interrupted("by SIGINT"), OSError("of before")])
+def test_a_defect_is_not_mistaken_for_what_was_there_before_it(tmp_path, monkeypatch, before):
+    def fail(path, fill):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("umtrain.checkpoint.write_atomic", fail)
+    try:
+        raise before
+    except BaseException:
+        with pytest.raises(RuntimeError, match="a defect"):
+            save_checkpoint(tmp_path / "a.pt", STATE)
 
 
 def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path):

@@ -3,38 +3,22 @@
 import dataclasses
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
+from small_trainer import SignalAfter, SmallTask, make_task, make_trainer
 
 from umtrain.checkpoint import load_checkpoint, save_checkpoint, step_path, step_paths
 from umtrain.clock import RunClock
 from umtrain.config import config_to_dict, load_config
-from umtrain.console import Console
-from umtrain.data.manifest import read_manifest
 from umtrain.device import naming_device_failures
 from umtrain.errors import ConfigError, DeviceError, Interrupted, RunError
 from umtrain.logger import RunLogger
-from umtrain.memory import create
 from umtrain.resume import Start, differences, plan_start
 from umtrain.run_dir import choose_run_dir, continued_config, write_config
 from umtrain.signals import StopRequest
 from umtrain.tasks.slides import SlideTask
-from umtrain.training import Trainer
-
-CPU = torch.device("cpu")
-SMALL = ("res=64", "dataset.workers=0", "epochs=2", "batch_size=2", "device=cpu", "precision=fp32")
-
-
-class SignalAfter(RunLogger):
-    """Sends SIGTERM to this process while a step is being noted."""
-
-    def __init__(self, number):
-        self._number = number
-
-    def step(self, number, scalars):
-        if number == self._number:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class NoLoss(SlideTask):
@@ -45,19 +29,6 @@ class NoLoss(SlideTask):
     def loss(self, outputs, batch):
         factor = float("nan") if set(batch["id"]) & set(self.hopeless) else 1.0
         return super().loss(outputs, batch) * factor
-
-
-def make_task(slides, *overrides, kind=SlideTask):
-    config = load_config([f"dataset.manifest={slides}", *SMALL, *overrides])
-    return kind(config, read_manifest(slides, "wsi"))
-
-
-def make_trainer(task, folder, logger=None, stop=None):
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    strategy = create("vanilla")
-    model = task.create_model()
-    return Trainer(task, model, strategy, CPU, folder, Console(), logger or RunLogger(), stop=stop)
 
 
 def newest(folder):
@@ -114,6 +85,28 @@ def test_a_run_stopped_in_mid_epoch_ends_as_one_that_was_not(overrides, slides, 
     assert_same(results(tmp_path / "run"), results(tmp_path / "whole"))
 
 
+def trained(task, folder, stop_after=None):
+    """Go on with the run in `folder`, or begin it, until a signal in step `stop_after`."""
+    logger = RunLogger() if stop_after is None else SignalAfter(stop_after)
+    with StopRequest(60) as stop:
+        trainer = make_trainer(task, folder, logger, stop)
+        for newest_path in step_paths(folder / "checkpoints")[:1]:
+            trainer.restore(newest_path)
+        with nullcontext() if stop_after is None else pytest.raises(Interrupted):
+            trainer.fit()
+    return trainer
+
+
+def test_no_image_of_an_epoch_is_lost_however_often_other_ranks_go_on(slides, tmp_path):
+    one_rank = make_task(slides, "epochs=1", "batch_size=1", kind=SmallTask)
+    trained(one_rank, tmp_path, stop_after=1)
+    as_two_ranks = make_task(slides, "epochs=1", "batch_size=2", kind=SmallTask)
+    trained(as_two_ranks, tmp_path, stop_after=2)
+    again = trained(as_two_ranks, tmp_path)
+    # The batch of which one image was trained begins anew; then the rest of the four.
+    assert [step.images for step in again.progress.steps] == [1, 2, 2]
+
+
 def test_long_epochs_are_saved_by_the_clock(slides, tmp_path):
     make_trainer(make_task(slides, "checkpoint_minutes=0", "epochs=1"), tmp_path).fit()
     assert [path.name for path in step_paths(tmp_path / "checkpoints")] == [
@@ -130,6 +123,68 @@ def test_best_weights_of_steps_that_are_lost_are_put_right(slides, tmp_path):
     save_checkpoint(best, {"model": {}, "epoch": 9, "step": 99})
     make_trainer(task, tmp_path).restore(step_path(tmp_path / "checkpoints", 2))
     assert_same(load_checkpoint(best), expected)
+
+
+@pytest.fixture
+def going_back(slides, tmp_path):
+    """A run of four steps, and what goes on with it after the second one, the best one then."""
+    task = make_task(slides, kind=SmallTask)
+    make_trainer(task, tmp_path).fit()
+    trainer = make_trainer(task, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    kept = step_path(tmp_path / "checkpoints", 2).replace(tmp_path / "elsewhere" / "kept.pt")
+    return trainer, kept, tmp_path / "checkpoints"
+
+
+def test_steps_that_are_given_up_stay_until_others_are_saved(going_back):
+    trainer, kept, folder = going_back
+    newer = step_path(folder, 4)
+    save_checkpoint(step_path(folder, 5), load_checkpoint(newer))
+    trainer.restore(kept)
+    assert step_paths(folder) == [step_path(folder, 5), newer]
+    trainer.fit()
+    assert step_paths(folder) == [newer]
+    assert load_checkpoint(newer)["progress"]["resumed_after"] == [2]
+
+
+def test_the_best_weights_are_had_from_the_checkpoint_that_is_gone_on_from(going_back):
+    trainer, kept, folder = going_back
+    (folder / "best.pt").write_bytes(b"")
+    trainer.restore(kept)
+    assert load_checkpoint(folder / "best.pt")["step"] == 2
+    assert not (kept.parent / "best.pt").exists()
+
+
+def test_whole_best_weights_need_no_other_file(going_back):
+    trainer, kept, folder = going_back
+    state = load_checkpoint(kept)
+    state["progress"]["best_steps"] = [1]
+    save_checkpoint(kept, state)
+    save_checkpoint(folder / "best.pt", {"model": {}, "epoch": 1, "step": 1})
+    before = (folder / "best.pt").stat().st_ino
+    trainer.restore(kept)
+    assert (folder / "best.pt").stat().st_ino == before
+    save_checkpoint(folder / "best.pt", {"model": {}, "epoch": 1, "step": 3})
+    text = (
+        r"of step 1, are in no file:\n  .*step-00000001\.pt: no such checkpoint.*\n"
+        r"  .*best\.pt: the weights of step 3\nRestore one of the two"
+    )
+    with pytest.raises(RunError, match=text):
+        trainer.restore(kept)
+
+
+def test_a_signal_as_the_best_weights_are_put_right_waits_for_that(going_back, monkeypatch):
+    trainer, kept, folder = going_back
+
+    def save(path, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr("umtrain.training.save_checkpoint", save)
+    (folder / "best.pt").unlink()
+    with trainer.stop, pytest.raises(Interrupted, match="SIGTERM"):
+        trainer.restore(kept)
+    assert load_checkpoint(folder / "best.pt")["step"] == 2
 
 
 @pytest.mark.fault("a loss that is no number, on_nan=skip", "left out, counted, weights as before")
@@ -266,7 +321,7 @@ def run_dir(tmp_path):
 def test_a_run_goes_on_from_its_newest_checkpoint_with_what_auto_had_chosen(run_dir):
     said = []
     start = plan_start(run_dir, config(), "abc", said.append)
-    assert start == Start(step_path(run_dir / "checkpoints", 4), "stream", False)
+    assert start == Start(step_path(run_dir / "checkpoints", 4), "stream", False, 4)
     assert said == ["resume   after step 4"]
 
 
@@ -282,15 +337,24 @@ def test_other_rows_are_refused(run_dir):
 
 
 def test_an_older_checkpoint_by_name_takes_the_run_back(run_dir):
-    for step in (6, 8):
+    for name, step in (("kept.pt", 6), ("step-00000008.pt", 8)):
         state = load_checkpoint(step_path(run_dir / "checkpoints", 4))
-        save_checkpoint(step_path(run_dir / "checkpoints", step), {**state, "step": step})
-    older = step_path(run_dir / "checkpoints", 6)
+        save_checkpoint(run_dir / "checkpoints" / name, {**state, "step": step})
+    older = run_dir / "checkpoints" / "kept.pt"
     chosen = continued_config([f"resume={older}", "dataset.workers=0", "memory=vanilla"])
     assert (chosen.dataset.workers, chosen.memory.name) == (0, "vanilla")
     assert choose_run_dir(chosen) == run_dir
-    assert plan_start(run_dir, chosen, "abc", lambda text: None).checkpoint == older
-    assert not step_path(run_dir / "checkpoints", 8).exists()
+    start = plan_start(run_dir, chosen, "abc", lambda text: None)
+    assert (start.checkpoint, start.step) == (older, 6)
+    # Whether that works is still to be seen.
+    assert step_path(run_dir / "checkpoints", 8).exists()
+
+
+def test_a_damaged_record_is_no_record(run_dir):
+    (run_dir / "metrics.json").write_text("{")
+    said = []
+    assert not plan_start(run_dir, config(), "abc", said.append).is_over
+    assert said[0] == f"record   {run_dir / 'metrics.json'} is damaged; it is written anew"
 
 
 def test_weights_alone_are_not_gone_on_from(run_dir):

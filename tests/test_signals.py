@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from umtrain.errors import Interrupted
+from umtrain.errors import Interrupted, RunError
 from umtrain.signals import StopRequest
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
@@ -61,6 +61,39 @@ def test_a_second_signal_ends_it_at_once():
             done.append("more")
 
     assert interrupted(work) == (["goes on"], "SIGINT")
+
+
+def test_work_inside_other_work_ends_with_that():
+    def work(stop, done):
+        with stop.finishing():
+            with stop.finishing():
+                send(signal.SIGTERM)
+                done.append("inner")
+            done.append("outer")
+        done.append("more")
+
+    assert interrupted(work) == (["inner", "outer"], "SIGTERM")
+
+
+def test_the_grace_goes_on_after_work_inside_other_work():
+    def work(stop, done):
+        with stop.finishing():
+            with stop.finishing():
+                send(signal.SIGTERM)
+            while True:
+                pass
+
+    assert interrupted(work, grace_s=0.01) == ([], "SIGTERM")
+
+
+def test_a_disk_that_is_full_is_said_whatever_signal_came():
+    def work(stop):
+        with stop.finishing():
+            send(signal.SIGTERM)
+            raise RunError("the disk is full")
+
+    with StopRequest(60) as stop, pytest.raises(RunError, match="full"):
+        work(stop)
 
 
 def test_what_fails_because_a_signal_took_its_helpers_is_an_interruption():

@@ -6,13 +6,14 @@ the best epoch alone, for evaluation.
 
 import errno
 import hashlib
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from umtrain.errors import RunError
+from umtrain.errors import OutOfMemoryError, RunError
 from umtrain.files import write_atomic
 
 FOLDER = "checkpoints"
@@ -21,6 +22,10 @@ BEST = "best.pt"
 _DIGEST = "sha256"
 _DAMAGED = ".damaged"
 _N_KEPT = 2
+
+
+class DamagedError(RunError):
+    """A checkpoint holds something else than what was written."""
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -46,14 +51,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     import torch
 
     plain = _plain(state)
+    handled = sys.exc_info()[1]
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, lambda stream: torch.save({**plain, _DIGEST: _digest(plain)}, stream))
     except (OSError, RuntimeError) as error:
-        # torch reports a stream that fails as its own error, with ours behind it.
-        cause = _os_error(error)
-        if cause is None:
-            raise
+        # torch reports a stream that fails, or a signal meanwhile, as its own error, with that
+        # behind it; further behind is what was being handled before.
+        cause = _behind(error, handled)
+        if not isinstance(cause, OSError):
+            raise cause from None
         is_full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
         raise RunError(
             f"{path}: the checkpoint could not be written ({cause.strerror}); earlier ones are "
@@ -65,19 +72,23 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return what save_checkpoint wrote, on the CPU.
 
-    Raises RunError if the file is missing, damaged or holds anything but tensors and values.
+    Raises DamagedError if it holds anything but tensors and values, or not those that were
+    written; RunError if the disk does not give it; OutOfMemoryError.
     """
     import torch
 
+    handled = sys.exc_info()[1]
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         written = state.pop(_DIGEST)
     except FileNotFoundError:
-        raise RunError(f"{path}: no such checkpoint; the run has not finished an epoch") from None
+        raise RunError(
+            f"{path}: no such checkpoint; the first is written as an epoch ends"
+        ) from None
     except Exception as error:
-        raise RunError(_damaged(path, "cannot be read")) from error
+        raise _unread(path, _behind(error, handled)) from error
     if written != _digest(state):
-        raise RunError(_damaged(path, "its checksum is that of another content"))
+        raise DamagedError(_damaged(path, "its checksum is that of another content"))
     return state
 
 
@@ -86,13 +97,14 @@ def newest_checkpoint(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint that is whole, and its state; None if there never was one.
 
-    Damaged ones are renamed, and `say` is told. Raises RunError if there are only such.
+    Damaged ones are renamed, and `say` is told. Raises RunError if there are only such, or if the
+    newest cannot be read: it may be whole.
     """
     paths = step_paths(folder)
     for path in paths:
         try:
             return path, load_checkpoint(path)
-        except RunError as error:
+        except DamagedError as error:
             say(str(error))
             path.replace(path.with_suffix(_DAMAGED))
     if paths or any(folder.glob(f"step-*{_DAMAGED}")):
@@ -158,7 +170,31 @@ def _add(value: Any, update: Callable[[Any], None]) -> None:
         update(repr(value).encode())
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
+def _unread(path: Path, error: BaseException) -> Exception:
+    """Return what to raise where reading the checkpoint at `path` ended in `error`."""
+    from umtrain.memory.budget import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return OutOfMemoryError(
+            f"{path}: memory ran out as this checkpoint was read ({error}); it is kept: free "
+            "memory, or raise the limit, then start the run again"
+        )
+    if isinstance(error, OSError):
+        return RunError(
+            f"{path}: cannot be read ({error.strerror}); it is kept: make it readable, then start "
+            "the run again"
+        )
+    return DamagedError(_damaged(path, "cannot be read"))
+
+
+def _behind(error: Exception, handled: BaseException | None) -> BaseException:
+    """Return the OSError or KeyboardInterrupt that led to `error`; else `error` itself.
+
+    `handled` is an error that was there before, and has no part in it.
+    """
+    cause: BaseException | None = error
+    while cause is not None and cause is not handled:
+        if isinstance(cause, OSError | KeyboardInterrupt):
+            return cause
+        cause = cause.__cause__ or cause.__context__
     return error

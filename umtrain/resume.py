@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umtrain.checkpoint import FOLDER, load_checkpoint, newest_checkpoint, step_of, step_paths
+from umtrain.checkpoint import FOLDER, load_checkpoint, newest_checkpoint
 from umtrain.config import RunConfig, config_to_dict
 from umtrain.errors import ConfigError, RunError
 from umtrain.files import remove_leftovers
@@ -34,13 +34,14 @@ _FREE_GROUP = "memory."
 class Start:
     """How a session begins.
 
-    `checkpoint` is what it goes on from, None for a run from its first step; `strategy` the memory
-    strategy that ran before. `is_over`: there is nothing left to do.
+    `checkpoint` is what it goes on from, after `step`, None for a run from its first step;
+    `strategy` the memory strategy that ran before. `is_over`: there is nothing left to do.
     """
 
     checkpoint: Path | None = None
     strategy: str | None = None
     is_over: bool = False
+    step: int = 0
 
 
 def plan_start(
@@ -58,7 +59,7 @@ def plan_start(
     found = _chosen(chosen) if chosen else newest_checkpoint(run_dir / FOLDER, say)
     if found is None:
         _refuse_difference(run_dir, config_to_dict(read_run_config(run_dir, {})), config)
-        return Start(is_over=_is_over(run_dir))
+        return Start(is_over=_is_over(run_dir, say))
     path, state = found
     _refuse_difference(path, state["config"], config)
     if state["manifest_sha256"] != manifest_sha256:
@@ -66,13 +67,11 @@ def plan_start(
             f"{config.dataset.manifest} is not the manifest that {run_dir} is trained with (its "
             "content differs); go on with the same rows, or name a new run_dir"
         )
-    for newer in step_paths(run_dir / FOLDER):
-        if chosen and step_of(newer) > step_of(chosen):
-            newer.unlink()
-    is_over = not chosen and config.epochs == state["config"]["epochs"] and _is_over(run_dir)
+    may_be_over = not chosen and config.epochs == state["config"]["epochs"]
+    is_over = may_be_over and _is_over(run_dir, say)
     if not is_over:
         _tell(state, config, say)
-    return Start(path, state["strategy"], is_over)
+    return Start(path, state["strategy"], is_over, state["step"])
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -112,10 +111,15 @@ def _chosen(path: Path) -> tuple[Path, dict[str, Any]]:
     return path, state
 
 
-def _is_over(run_dir: Path) -> bool:
-    if not (run_dir / RECORD_NAME).exists():
+def _is_over(run_dir: Path, say: Callable[[str], None]) -> bool:
+    path = run_dir / RECORD_NAME
+    if not path.exists():
         return False
-    return bool(read_record(run_dir)["status"] == "ok")
+    try:
+        return bool(read_record(run_dir)["status"] == "ok")
+    except RunError:
+        say(f"record   {path} is damaged; it is written anew")
+        return False
 
 
 def _tell(state: dict[str, Any], config: RunConfig, say: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -59,6 +59,8 @@ from umtrain.tasks import AnyManifest, Row, Task
 from umtrain.training import Trainer, autocast, inference, input_dtype, ranks_of
 
 _N_SHOWN = 20
+_OF_TRAINING = ("throughput", "memory_use", "train")
+_UNDER_WAY = "the run is under way, or was killed"
 _OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # numbers for each parameter
 
 
@@ -113,8 +115,9 @@ def _fit_in(
         return
     write_config(run_dir, config)
     record = _new_record("fit", task, device)
-    first_step = 1 + (step_of(start.checkpoint) if start.checkpoint else 0)
-    logger = create_logger(config.logger if is_main else "none", run_dir, first_step)
+    if start.checkpoint:
+        _keep_earlier(record, run_dir, clock)
+    logger = create_logger(config.logger if is_main else "none", run_dir, 1 + start.step)
     session = _Session(run_dir, device, console, logger, clock, stop, start)
     try:
         with _outcome(record, run_dir, clock):
@@ -188,6 +191,14 @@ def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], consol
     is another one: its figures would stand under the name of the one trained with.
     """
     run_dir = run_dir or newest_run()
+    read_record(run_dir)  # a folder that is no run gets no lock
+    with run_lock(run_dir) if world().is_main else nullcontext():
+        _evaluate_in(run_dir, split, changes, console)
+    return run_dir
+
+
+def _evaluate_in(run_dir: Path, split: Split, changes: dict[str, Any], console: Console) -> None:
+    """Evaluate the run whose directory this process holds."""
     record = read_record(run_dir)
     config = read_run_config(run_dir, changes)
     device = resolve_device(config.device)
@@ -206,14 +217,12 @@ def evaluate(run_dir: Path | None, split: Split, changes: dict[str, Any], consol
     if not manifest.split(split):
         raise ConfigError(f"split={split}: {manifest.path} has no rows of this split")
     if config.approach == two_stage.NAME and not world().is_main:
-        return run_dir  # maps of slides are made by the first rank alone
+        return  # maps of slides are made by the first rank alone
     console.say(f"evaluating {run_dir} on {len(manifest.split(split))} images of split {split}")
-    is_main = world().is_main
-    with run_lock(run_dir) if is_main else nullcontext(), naming_device_failures():
+    with naming_device_failures():
         _evaluate_split(task, split, device, run_dir, record, console, config.cases)
-    if is_main:
+    if world().is_main:
         _publish(run_dir, record, console)
-    return run_dir
 
 
 def _with_manifest(
@@ -272,7 +281,7 @@ def _read_manifest(config: RunConfig) -> AnyManifest:
 def _new_record(command: str, task: Task, device: torch.device) -> Record:
     config, manifest = task.config, task.manifest
     return {
-        "status": "failed",
+        "status": "interrupted",
         "command": command,
         "started_at_s": time.time(),
         **run_identity(config),
@@ -312,30 +321,51 @@ def _scale(manifest: AnyManifest) -> Record:
     return {key: {**limits, "n_unstated": len(values) - len(stated)}}
 
 
+def _keep_earlier(record: Record, run_dir: Path, clock: RunClock) -> None:
+    """Keep what earlier sessions noted of the training, until this one has their state."""
+    with suppress(RunError):
+        earlier = read_record(run_dir)
+        clock.go_on(earlier["started_at_s"], earlier.get("elapsed_s") or 0.0)
+        record |= {section: earlier[section] for section in _OF_TRAINING}
+        reasons = earlier["reasons"].items()
+        record["reasons"] |= {key: why for key, why in reasons if _is_of_training(key)}
+
+
 @contextmanager
 def _outcome(record: Record, run_dir: Path, clock: RunClock) -> Iterator[None]:
-    """Set the record's status by how the block ends, and write it in every case."""
-    reason = None
+    """Write the record as that of a run under way, then, in every case, how the block ended."""
+    status, reason = "failed", None
     try:
+        _set_status(record, "interrupted", _UNDER_WAY, clock)
+        write_record(run_dir, record)
         yield
-        record["status"] = "ok"
+        status = "ok"
     except OutOfMemoryError as error:
-        record["status"], reason = "oom", str(error)
+        status, reason = "oom", str(error)
         raise
     except KeyboardInterrupt as error:
-        record["status"], reason = "interrupted", str(error) or "interrupted by the user"
+        status, reason = "interrupted", str(error) or "interrupted by the user"
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
-        record["started_at_s"], record["elapsed_s"] = clock.started_at_s, clock.elapsed_s
-        if reason is not None:
-            record["reasons"]["status"] = reason
-            for section in ("throughput", "memory_use", "train", "val", "test"):
-                if record[section] is None:
-                    record["reasons"][section] = f"the run ended before it: {reason}"
+        _set_status(record, status, reason, clock)
         _write_last_record(run_dir, record, is_well=reason is None)
+
+
+def _set_status(record: Record, status: str, reason: str | None, clock: RunClock) -> None:
+    """Set how the run stands, and with `reason` why it lacks the sections that it lacks."""
+    record["status"] = status
+    record["started_at_s"], record["elapsed_s"] = clock.started_at_s, clock.elapsed_s
+    reasons = {key: why for key, why in record["reasons"].items() if why != _UNDER_WAY}
+    if reason is not None:
+        reasons["status"] = reason
+        lacks = reason if reason == _UNDER_WAY else f"the run ended before it: {reason}"
+        for section in (*_OF_TRAINING, "val", "test"):
+            if record[section] is None:
+                reasons.setdefault(section, lacks)
+    record["reasons"] = reasons
 
 
 def _write_last_record(run_dir: Path, record: Record, *, is_well: bool) -> None:
@@ -388,6 +418,7 @@ def _train(task: Task, session: _Session, record: Record) -> None:
             )
             if start.checkpoint:
                 trainer.restore(start.checkpoint)
+                _note_training(task, trainer, record)
         try:
             with strategy.guard():
                 trainer.fit()
@@ -410,6 +441,8 @@ def _with_strategy(config: RunConfig, before: str | None) -> RunConfig:
 def _note_training(task: Task, trainer: Trainer, record: Record) -> None:
     """Set the record's sections on training, memory and throughput."""
     progress = trainer.progress
+    reasons = record["reasons"].items()
+    record["reasons"] = {key: why for key, why in reasons if not _is_of_training(key)}
     record["train"] = progress.train_figures()
     unit = "patches" if task.config.approach == two_stage.NAME else "images"
     record["throughput"] = {**progress.throughput(), "unit": unit}
@@ -417,8 +450,12 @@ def _note_training(task: Task, trainer: Trainer, record: Record) -> None:
         why = f"{len(progress.steps)} steps, all of them warm-up"
         record["reasons"]["throughput.images_per_s.mean"] = why
     record["memory_use"] = trainer.memory_use()
-    reasons = record["memory_use"].pop("reasons")
-    record["reasons"].update({f"memory_use.{key}": why for key, why in reasons.items()})
+    lacks = record["memory_use"].pop("reasons")
+    record["reasons"].update({f"memory_use.{key}": why for key, why in lacks.items()})
+
+
+def _is_of_training(key: str) -> bool:
+    return key.partition(".")[0] in _OF_TRAINING
 
 
 def _readers_of(task: Task) -> Readers:

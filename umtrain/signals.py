@@ -6,6 +6,11 @@ weights have not. So work that takes the run from one state to the next is wrapp
 a signal then waits for its end, at most `grace_s`, and otherwise ends what is under way at once.
 Python runs handlers between two of its own instructions: a backward pass that is a single call into
 torch is not cut short, and the system's own patience decides.
+
+# Note: [Ranks end after the same step]
+Of several processes that train together each hears of a signal in an instant of its own, and what
+one does without the others they wait for in vain. So all steps of an epoch are one `finishing`
+around that of each: a signal waits until a step has told every rank of it, then all `end`.
 """
 
 import signal
@@ -13,9 +18,9 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from umtrain.errors import Interrupted
+from umtrain.errors import Interrupted, RunError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A person who presses Ctrl-C waits for it.
@@ -32,6 +37,7 @@ class StopRequest:
         self.name: str | None = None
         self._grace_s = grace_s
         self._is_busy = False
+        self._has_heard = False  # itself: `name` may be what another rank has heard
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -49,27 +55,34 @@ class StopRequest:
     def finishing(self) -> Generator[None]:
         """Let the block end first if a signal comes; then raise Interrupted.
 
+        Inside another such block it is that one's end which is waited for.
         See Note: [Ending between two states].
         """
-        self._is_busy = True
+        is_inner, self._is_busy = self._is_busy, True
         try:
             yield
         except Exception as error:
-            # Signals go to a whole group of processes: what fails now may have lost a helper.
-            if self.name is None:
+            # Signals go to a whole group of processes: what fails now may have lost a helper. A
+            # disk that is full has not.
+            if self.name is None or isinstance(error, RunError):
                 raise
             raise self._interruption() from error
         finally:
-            self._is_busy = False
-            self._disarm()
-        if self.name is not None:
-            raise self._interruption()
+            self._is_busy = is_inner
+            if not is_inner:
+                self._disarm()
+        if self.name is not None and not is_inner:
+            self.end()
+
+    def end(self) -> NoReturn:
+        """Raise Interrupted."""
+        raise self._interruption()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        is_first = self.name is None
+        is_first, self._has_heard = not self._has_heard, True
         self.name = self.name or signal.Signals(number).name
         if not (is_first and self._is_busy):
-            raise self._interruption()
+            self.end()
         wait_s = self._grace_s
         if number == signal.SIGINT:
             wait_s = min(wait_s, _LONGEST_WAIT_OF_A_PERSON_S)

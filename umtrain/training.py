@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from umtrain.checkpoint import (
     load_checkpoint,
     prune,
     save_checkpoint,
+    step_of,
     step_path,
+    step_paths,
 )
 from umtrain.clock import RunClock
 from umtrain.config import RunConfig, config_to_dict
@@ -25,7 +28,7 @@ from umtrain.console import Console, format_duration
 from umtrain.console import Task as Work
 from umtrain.data.loader import Batch, Loader
 from umtrain.data.manifest import Split
-from umtrain.errors import DataError, RunError
+from umtrain.errors import DataError, RankError, RunError
 from umtrain.logger import RunLogger
 from umtrain.memory.allocator import giving_back
 from umtrain.memory.base import Strategy
@@ -148,9 +151,11 @@ class Trainer:
         self.progress = Progress()
         self._memory_before: Record | None = None
         self._n_steps_before = 0
-        self._n_done = 0  # steps of the epoch that is next, done by an earlier session
+        self._n_done = 0  # steps of the epoch under way, by as many ranks as there are now
         self._is_whole = True  # no step has begun that is not over
+        self._is_end_agreed = False  # all ranks end after this step
         self._saved_step: int | None = None
+        self._given_up: list[Path] = []  # checkpoints of steps that this session goes back before
         self._saved_s = time.monotonic()
 
     def fit(self) -> None:
@@ -162,9 +167,10 @@ class Trainer:
         try:
             with StepLog(self.run_dir / "steps.csv", self.progress.steps) as log:
                 self._fit(log)
-        except (KeyboardInterrupt, DataError):
+        except (KeyboardInterrupt, DataError, RankError):
             if self._is_whole and self._saved_step != len(self.progress.steps):
-                self._save()
+                with self.stop.finishing():
+                    self._save()
             raise
 
     def _fit(self, log: StepLog) -> None:
@@ -177,25 +183,32 @@ class Trainer:
     def _train_epoch(self, epoch: int, log: StepLog) -> None:
         first_step = (epoch - 1) * self.steps_per_epoch
         planned = min(self.steps_per_epoch, self.total_steps - first_step)
-        n_done, self._n_done = self._n_done, 0
-        if n_done == planned:
+        n_done = self._n_done
+        if n_done >= planned:
             return
         title = f"epoch {epoch}/{self.config.epochs}"
         self.loader.set_epoch(epoch, n_done * self.config.optim.accumulate)
-        with self.console.task(title, planned) as bar:
+        with self.console.task(title, planned) as bar, self._steps_together():
             batches = _timed(self.loader)
             for done in range(n_done + 1, planned + 1):
                 self.strategy.on_progress = _Inside(bar, done, "step").update
                 with self.stop.finishing():
                     step = self._step(epoch, done - 1, batches)
                     self._note(step, log)
+                if self._is_end_agreed:
+                    self.stop.end()
                 bar.update(done, f"loss {step.loss:.4f}  {step.images / step.step_s:.2f}/s")
                 self._save_if_due()
         # The tail of an epoch cut short by max_steps is left unread: end its workers now.
         batches.close()
 
+    def _steps_together(self) -> AbstractContextManager[None]:
+        """Return what surrounds steps: Note: [Ranks end after the same step] in signals.py."""
+        return nullcontext() if self.ranks.world.is_alone else self.stop.finishing()
+
     def _note(self, step: Step, log: StepLog) -> None:
         self.progress.steps.append(step)
+        self._n_done += 1
         self._is_whole = True
         log.write(step)
         self._log_step(step)
@@ -260,11 +273,13 @@ class Trainer:
         loss, n_images, n_asked = self.ranks.finish_step([loss, n_images, is_asked])
         if n_asked:
             self.stop.name = self.stop.name or "a signal to another rank"
+            self._is_end_agreed = True
         return loss, round(n_images)
 
     def _pass_along(self) -> None:
         """Take part, without an image, in the statistics that ranks join; it counts for nothing."""
         sample = self.task.sample_input(self.device, input_dtype(self.config.precision))
+        self._is_whole = False
         with self.strategy.step():
             with autocast(self.device, self.config.precision):
                 outputs = self.model(torch.zeros_like(sample[:1]))
@@ -367,6 +382,7 @@ class Trainer:
                 self.progress.best_epoch = epoch
                 self.progress.best_steps.append(len(self.progress.steps))
             self.progress.epochs = epoch
+            self._n_done = 0
             self._is_whole = True
             self._save()
         epoch_loss = self.progress.epoch_loss(epoch)
@@ -410,6 +426,10 @@ class Trainer:
             save_checkpoint(step_path(folder, step), self._state())
             if self.progress.best_steps[-1:] == [step]:
                 save_checkpoint(folder / BEST, self._weights())
+            for path in self._given_up:
+                if path != step_path(folder, step):
+                    path.unlink(missing_ok=True)
+            self._given_up = []
             prune(folder, self.progress.best_steps)
         self._saved_step, self._saved_s = step, time.monotonic()
 
@@ -431,6 +451,7 @@ class Trainer:
             "random": random_state(),
             "strategy": self.strategy.running_name,
             "together": self.together,
+            "n_images_of_epoch": self._n_images_done(),
             "config": config_to_dict(self.config),
             "manifest_sha256": self.task.manifest.sha256,
             "skipped": self.task.skipped.entries,
@@ -450,25 +471,30 @@ class Trainer:
         self.clock.go_on(state["started_at_s"], state["elapsed_s"])
         self.task.skipped.restore(state["skipped"])
         restore_random_state(state["random"])
-        self._n_done = sum(s.epoch == self.progress.epochs + 1 for s in self.progress.steps)
+        self._n_done = self._steps_of(state["n_images_of_epoch"])
         if state["together"] != self.together:
             self._go_on_with_other_batches(state["together"])
         self._memory_before, self._n_steps_before = state["memory_use"], state["step"]
         self._saved_step = state["step"]
         if self.ranks.world.is_main:
-            self._restore_best(path.parent)
+            newer = [p for p in step_paths(self.run_dir / FOLDER) if step_of(p) > state["step"]]
+            self._given_up = newer
+            with self.stop.finishing():
+                self._restore_best(state)
+
+    def _n_images_done(self) -> int:
+        """Return how many images of the epoch under way are behind it, readable or not."""
+        n_images = self._n_done * self.config.optim.accumulate * self.together
+        return min(n_images, self.n_train)
+
+    def _steps_of(self, n_images: int) -> int:
+        """Return the steps after which `n_images` of an epoch are behind it, or a few less."""
+        if n_images == self.n_train:
+            return self.steps_per_epoch
+        return n_images // (self.config.optim.accumulate * self.together)
 
     def _go_on_with_other_batches(self, together_before: int) -> None:
-        """Go on where another number of ranks left: at as many images of the epoch, or just before.
-
-        The learning rate is that of the same share of the training.
-        """
-        accumulate = self.config.optim.accumulate
-        n_images = min(self._n_done * accumulate * together_before, self.n_train)
-        is_over = n_images == self.n_train
-        self._n_done = n_images // (accumulate * self.together)
-        if is_over:
-            self._n_done = self.steps_per_epoch
+        """Go on where another number of ranks left, at the rate of the same share of training."""
         if isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
             position = self.progress.epochs * self.steps_per_epoch + self._n_done
             self.schedule.last_epoch = position
@@ -477,14 +503,34 @@ class Trainer:
                 group["lr"] = base * factor(position)
         self.console.say(f"ranks    batches of {self.together} images, {together_before} before")
 
-    def _restore_best(self, folder: Path) -> None:
-        """Make best.pt the best weights as of now: it may be older, or of steps that are lost."""
+    def _restore_best(self, state: dict[str, Any]) -> None:
+        """Make best.pt the best weights as of `state`: it may be of other steps, or damaged.
+
+        Raises RunError if no file has them.
+        """
+        path = self.run_dir / FOLDER / BEST
         if not self.progress.best_steps:
-            (folder / BEST).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             return
         step = self.progress.best_steps[-1]
-        best = load_checkpoint(step_path(folder, step))
-        save_checkpoint(folder / BEST, {key: best[key] for key in self._weights()})
+        try:
+            found = load_checkpoint(path)["step"]
+            lacks = f"{path}: the weights of step {found}"
+        except RunError as error:
+            found, lacks = None, str(error)
+        if found != step:
+            best = state if state["step"] == step else self._load_best(step, lacks)
+            save_checkpoint(path, {key: best[key] for key in self._weights()})
+
+    def _load_best(self, step: int, lacks: str) -> dict[str, Any]:
+        try:
+            return load_checkpoint(step_path(self.run_dir / FOLDER, step))
+        except RunError as error:
+            raise RunError(
+                f"the best weights so far, of step {step}, are in no file:\n  {error}\n  {lacks}\n"
+                "Restore one of the two from a copy, go back before that step with resume=PATH of "
+                "an earlier checkpoint, or start over in a new run_dir"
+            ) from error
 
 
 class _BufferCopy:

@@ -159,6 +159,26 @@ def test_an_image_left_out_stays_out_even_if_its_file_comes_back(records, tmp_pa
     assert again.entries == skipped.entries
 
 
+def test_what_was_too_much_is_too_much_again_until_it_is_mended(records, tmp_path):
+    gone = [renamed(r, tmp_path, f"gone{n}") for n, r in enumerate(records[:2])]
+    content = gone[0].path.read_bytes()
+    for record in gone:
+        record.path.unlink()
+    dataset = SlideDataset([*gone, *records[2:]], LABELS, 64)
+    skipped = Skipped(dataset.records)
+    for _ in range(2):  # what goes on has the entries that the state was saved with
+        with pytest.raises(DataError, match=r"2 of 4 images of split train cannot be read"):
+            batches(dataset, skipped, workers=0)
+        entries, skipped = skipped.entries, Skipped(dataset.records)
+        skipped.restore(entries)
+        assert len(entries) == 1
+    for record in gone:
+        record.path.write_bytes(content)
+    found = images(batches(dataset, skipped, workers=0))
+    assert len(found) == len(records) - 1
+    assert skipped.entries == entries
+
+
 def slide(split, number):
     return Slide(f"s{number}", f"p{number}", "x.tif", "0", split, row=number + 2)
 
@@ -203,3 +223,4 @@ def test_what_other_processes_left_out_counts_once_and_may_be_too_much():
     late.add(records[2], 1, DataError("torn"))
     with pytest.raises(DataError, match="3 of 40 images of split train cannot be read"):
         mine.merge(late.entries)
+    assert [entry["id"] for entry in mine.entries] == ["s0", "s1"]

@@ -62,27 +62,27 @@ class Skipped:
         reason = str(error)
         if isinstance(error, ChildFailedError):
             reason = f"{record.path}: the reader failed: {error}"
-        self._ids.add((record.split, record.id))
-        self.entries.append(
-            SkippedImage(
-                id=record.id, row=record.row, split=record.split, epoch=epoch, reason=reason
-            )
+        entry = SkippedImage(
+            id=record.id, row=record.row, split=record.split, epoch=epoch, reason=reason
         )
-        self._check(record.split)
+        self._check([entry])
+        self.restore([entry])
         _LOG.warning("left out: row %d, %s of %s: %s", record.row, record.id, record.split, reason)
 
     def merge(self, entries: Iterable[SkippedImage]) -> None:
         """Leave out what another process has, too; DataError if that makes too many of a split."""
         new = [e for e in entries if (e["split"], e["id"]) not in self._ids]
+        self._check(new)
         self.restore(new)
-        for split in {entry["split"] for entry in new}:
-            self._check(split)
 
-    def _check(self, split: Split) -> None:
-        n_rows, of_split = self._n_rows[split], self.of_split(split)
-        n_allowed = self._n_allowed(split, n_rows)
-        if len(of_split) > n_allowed:
-            raise DataError(_too_many(split, of_split, n_rows, n_allowed))
+    def _check(self, new: Sequence[SkippedImage]) -> None:
+        """Refuse what is too much before it is left out: a run that is started again meets it."""
+        for split in {entry["split"] for entry in new}:
+            of_split = [*self.of_split(split), *(e for e in new if e["split"] == split)]
+            n_rows = self._n_rows[split]
+            n_allowed = self._n_allowed(split, n_rows)
+            if len(of_split) > n_allowed:
+                raise DataError(_too_many(split, of_split, n_rows, n_allowed))
 
     def of_split(self, split: Split) -> list[SkippedImage]:
         """Return what is left out of `split`."""

@@ -6,8 +6,10 @@ A figure that could not be had is null, with its reason in `reasons` under the s
 import json
 import math
 import platform
+import shlex
 import statistics
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,13 +89,24 @@ def read_record(run_dir: Path) -> Record:
     except FileNotFoundError:
         raise RunError(f"{path}: no such file; is {run_dir} a run of umtrain fit?") from None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not readable as a record ({error})") from error
+        raise _damaged(run_dir, f"not readable as a record ({error})") from error
     if not isinstance(record, dict) or record.get("status") not in STATUSES:
-        raise RunError(f"{path}: not a record of a run: status is not one of {', '.join(STATUSES)}")
+        raise _damaged(run_dir, f"not a record of a run: status is not one of {_names(STATUSES)}")
     missing = [key for key in _KEYS if key not in record]
     if missing:
-        raise RunError(f"{path}: not a record of this version: {', '.join(missing)} missing")
+        raise _damaged(run_dir, f"not a record of this version: {_names(missing)} missing")
     return record
+
+
+def _damaged(run_dir: Path, why: str) -> RunError:
+    return RunError(
+        f"{run_dir / RECORD_NAME}: {why}; restore it from a copy, or have it written anew with: "
+        f"umtrain fit resume={shlex.quote(str(run_dir))}"
+    )
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(keys)
 
 
 def figure(record: Record, key: str) -> Any:
