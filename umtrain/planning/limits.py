@@ -14,7 +14,7 @@ Guess = Callable[[int, int | None], int | None]
 # In pixels or images: from the least size to the second that is tried; what a line that is nearly
 # level says at most; and what is tried in its place.
 _FIRST_FACTOR, _LEVEL_FACTOR, _NEXT_FACTOR = 256, 256, 4
-_N_SLOW = 1
+_N_SLOW = 2
 _NEAR = 0.05
 _ROUNDING = 1e-9
 
@@ -70,7 +70,7 @@ class Secant:
         return None if guess is None else self._known_near(guess, below, above)
 
     def _is_slow(self, below: int, above: int | None) -> bool:
-        """Return whether guesses have left more than half of what was open, more than once."""
+        """Return whether guesses have left more than half of what was open, again and again."""
         if above is None:
             return False
         width, self._n_slow = above - below, self._n_slow + 1
