@@ -106,7 +106,9 @@ class Secant:
         Memory that fills only once another is full grows along a line with a bend: two tries on
         one side of the limit say more than one on each, if what they say is between those.
         """
-        beyond = [self._on_line(*pair, number) for pair in (smaller, larger) if len(pair) == 2]
+        beyond = [
+            self._on_line(pair[0], pair[1], number) for pair in (smaller, larger) if len(pair) == 2
+        ]
         if not smaller or not larger:
             return min(beyond, default=math.inf)
         between = [size for size in beyond if smaller[-1] <= size <= larger[0]]
