@@ -46,13 +46,13 @@ _MODEL_TASKS = {
     "resnet101_3d": "ct",
 }
 RES_MULTIPLE_PX = 64
-# Below it the deepest map is a single pixel, which has no spread to normalise by.
-_LEAST_SPINE_RES = 128
 _N_SHOWN_CHARACTERS = 200
 # Far beyond what any machine holds, far below where the arithmetic of sizes overflows.
-_MOST_PIXELS = 2**45
+MOST_PIXELS = 2**45
 _MOST = 2**31 - 1
-_LEAST_RES, _LEAST_CT_RES = 64, 32
+# Rows of the network's input. Of a radiograph with fewer the deepest map is a single pixel, which
+# has no spread to normalise by; of a volume that depends on its slices too.
+LEAST_RES = {"wsi": 64, "spine": 128, "ct": 32}
 # Slices, and rows and columns, that the deepest map of a 3D network makes one position of.
 _CT_STRIDES = (16, 32, 32)
 _CT_KEYS = ("depth", "spacing_mm", "window_center", "window_width")
@@ -416,7 +416,7 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def _check_numbers(config: RunConfig) -> None:
     at_least = {
-        "res": _LEAST_CT_RES if config.dataset.name == "ct" else _LEAST_RES,
+        "res": LEAST_RES[config.dataset.name],
         "batch_size": 1,
         "epochs": 1,
         "cases": 0,
@@ -433,9 +433,9 @@ def _check_numbers(config: RunConfig) -> None:
             raise ConfigError(f"{key}={_cut(_value(config, key))}: must be at least {least}")
         if _value(config, key) > _MOST:
             raise ConfigError(f"{key}={_cut(_value(config, key))}: must be at most {_MOST}")
-    if config.batch_size * config.res**2 > _MOST_PIXELS:
+    if config.batch_size * config.res**2 > MOST_PIXELS:
         raise ConfigError(
-            f"res={config.res} batch_size={config.batch_size}: a batch of more than {_MOST_PIXELS} "
+            f"res={config.res} batch_size={config.batch_size}: a batch of more than {MOST_PIXELS} "
             "pixels is beyond every memory; choose smaller ones"
         )
     if not 0 <= config.seed < 2**63:
@@ -476,13 +476,11 @@ def _check_combinations(config: RunConfig) -> None:
     if dataset.name == "wsi" and dataset.aspect != 1:
         raise ConfigError("dataset.aspect: slides are read as squares; leave it at 1")
     if dataset.name == "spine" and config.res % RES_MULTIPLE_PX:
-        near = max(_LEAST_SPINE_RES, round(config.res / RES_MULTIPLE_PX) * RES_MULTIPLE_PX)
+        near = max(LEAST_RES[dataset.name], round(config.res / RES_MULTIPLE_PX) * RES_MULTIPLE_PX)
         raise ConfigError(
             f"res={config.res}: {model.name} halves the image six times; use a multiple of "
             f"{RES_MULTIPLE_PX}, for example res={near}"
         )
-    if dataset.name == "spine" and config.res < _LEAST_SPINE_RES:
-        raise ConfigError(f"res={config.res}: must be at least {_LEAST_SPINE_RES} for radiographs")
     if dataset.name == "ct":
         _check_volume(config)
     if model.pool is not None and dataset.name == "spine":

@@ -7,6 +7,9 @@ from torch import nn
 
 from umtrain.config import OptimConfig
 
+# The numbers that an optimizer holds for each parameter.
+N_STATES = {"adamw": 2, "sgd": 1}
+
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Return AdamW or SGD; vectors (norms, biases) are not decayed."""

@@ -10,22 +10,23 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from umtrain.config import sweep_axes
+from umtrain.config import RunConfig, sweep_axes
 from umtrain.console import Console, format_duration
 from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.files import write_json
+from umtrain.memory.options import Options
 from umtrain.parallel.gradients import BUCKET_BYTES
 from umtrain.plan_subject import (
     Planned,
     Words,
-    n_train,
+    n_images,
     resolve_profile,
     split_words,
     with_rows,
 )
 from umtrain.planning.choice import choose
 from umtrain.planning.data_parallel import Scaling, scale_out
-from umtrain.planning.predict import Prediction, predict
+from umtrain.planning.predict import Prediction, estimate, predict
 from umtrain.planning.profile import Profile
 from umtrain.planning.spread import Spread, spread_rows
 from umtrain.planning.strategies import STRATEGIES
@@ -34,6 +35,8 @@ from umtrain.units import format_bytes
 
 RUNS = Path("runs")
 PLAN_NAME, PICTURE_NAME = "plan.json", "plan.png"
+# memory=auto tries all of them too, and a plan always says which it takes.
+_ALL = ("all", "auto")
 _NOTHING = "-"
 _COLUMNS = (
     "fits",
@@ -64,13 +67,7 @@ def plan(words: list[str], console: Console) -> int:
     request = parse(words)
     # What is wrong with a word is said before anything is measured.
     checked = [request.words.checked(f"res={size}") for size in request.sizes]
-    spill_dir = checked[0].memory.spill_dir
-    profile = resolve_profile(
-        request.words.device,
-        console,
-        again=request.again,
-        spill_dir=Path(spill_dir).expanduser() if spill_dir else None,
-    )
+    profile = profile_for(request, checked[0], console)
     console.say(
         f"predicted, not measured, for {profile.title}: device memory "
         f"{format_bytes(profile.device_bytes)}, host memory {format_bytes(profile.host_bytes)}"
@@ -86,7 +83,7 @@ def plan(words: list[str], console: Console) -> int:
         for prediction in predictions:
             if prediction.why:
                 console.say(f"{prediction.strategy}: {prediction.why}")
-        if not epoch.n_batches:
+        if epoch.why:
             console.say(f"epoch: {epoch.why}")
         autos[size] = _auto(planned)
         console.say(autos[size])
@@ -104,6 +101,17 @@ def plan(words: list[str], console: Console) -> int:
         rows += [_row(planned, prediction, epoch) for prediction in predictions]
     _write(request, profile, rows, {"auto": autos, "scaling": scalings}, console)
     return 0
+
+
+def profile_for(request: Request, config: RunConfig, console: Console) -> Profile:
+    """Return the machine that is planned for; this one's spill file lies where `config` says."""
+    spill_dir = config.memory.spill_dir
+    return resolve_profile(
+        request.words.device,
+        console,
+        again=request.again,
+        spill_dir=Path(spill_dir).expanduser() if spill_dir else None,
+    )
 
 
 def parse(words: list[str]) -> Request:
@@ -125,11 +133,11 @@ def parse(words: list[str]) -> Request:
                 f"{other}: a plan takes several values of res only; plan it by itself"
             )
         sizes = tuple(axes["res"])
-    split = split_words(rest)
     memory = own.get("memory", "all")
-    if memory not in (*STRATEGIES, "all", "auto"):
-        raise ConfigError(f"memory={memory}: choose all, auto, {', '.join(STRATEGIES)}")
-    strategies = tuple(_predictable(split)) if memory in ("all", "auto") else (memory,)
+    if memory not in (*STRATEGIES, *_ALL):
+        raise ConfigError(f"memory={memory}: choose {', '.join((*_ALL, *STRATEGIES))}")
+    split = split_words(rest, None if memory in _ALL else memory)
+    strategies = tuple(_predictable(split)) if memory in _ALL else (memory,)
     again = own.get("calibrate", "false")
     if again not in ("true", "false"):
         raise ConfigError(f"calibrate={again}: expected true or false")
@@ -159,21 +167,32 @@ def _auto(planned: Planned) -> str:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """How many batches an epoch has; None, and why, where that is not known."""
+    """How many steps an epoch has, and what its validation takes, by an ordinary forward pass.
 
-    n_batches: int | None
+    None, and why, where there is no manifest to know it from.
+    """
+
+    n_steps: int | None
+    validation_s: float
     why: str
 
     @classmethod
     def of(cls, planned: Planned) -> "_Epoch":
-        n_images, why = n_train(planned.config)
-        if n_images is None:
-            return cls(None, why)
-        return cls(math.ceil(n_images / planned.config.batch_size), "")
+        n_of_split, why = n_images(planned.config)
+        if n_of_split is None:
+            return cls(None, 0.0, why)
+        trace = planned.subject.trace()
+        forward_s = sum(planned.subject.seconds(trace, planned.profile)[: trace.n_forward])
+        batches = {
+            split: math.ceil(n / planned.config.batch_size) for split, n in n_of_split.items()
+        }
+        return cls(batches["train"], batches["val"] * forward_s, "")
 
     def seconds(self, step_s: float | None) -> float | None:
         """Return the seconds of an epoch whose steps take `step_s`."""
-        return None if step_s is None or self.n_batches is None else step_s * self.n_batches
+        if step_s is None or self.n_steps is None:
+            return None
+        return step_s * self.n_steps + self.validation_s
 
 
 def prediction_table(planned: Planned, predictions: list[Prediction], epoch: _Epoch) -> Table:
@@ -215,16 +234,17 @@ def spread_table(spreads: list[Spread], planned: Planned) -> Table:
 def scaling_table(scaling: list[Scaling], strategy: str, planned: Planned) -> Table:
     """Return what many devices do, each with images of its own."""
     table = Table(title=f"predicted: {planned.title} on each device, memory={strategy}")
-    for name in ("devices", "each sends, GiB", "waits", "step", "images/s", "efficiency"):
+    names = ("devices", "fits", "host of a node, GiB", "each sends, GiB")
+    for name in (*names, "waits", "step", "images/s", "efficiency"):
         table.add_column(name, justify="right")
     for s in scaling:
         cells = (
             str(s.n_devices),
-            _gib(s.exchanged_bytes),
-            text_of_seconds(s.waits_s),
-            text_of_seconds(s.step_s),
-            f"{s.images_per_s:.3g}",
-            f"{s.efficiency:.2f}",
+            "yes" if s.fits else "NO",
+            *map(_gib, (s.host_peak_bytes, s.exchanged_bytes)),
+            *map(text_of_seconds, (s.waits_s, s.step_s)),
+            _NOTHING if s.images_per_s is None else f"{s.images_per_s:.3g}",
+            _NOTHING if s.efficiency is None else f"{s.efficiency:.2f}",
         )
         table.add_row(*map(Text, cells))
     return table
@@ -249,10 +269,10 @@ def text_of_seconds(value: float | None) -> str:
 def _spread(request: Request, planned: Planned) -> list[Spread]:
     if planned.profile.n_devices == 1 or "stream" not in request.strategies:
         return []
-
+    _, n_rows, *_ = planned.input_shape
     return spread_rows(
         lambda n_rows: with_rows(planned, n_rows).subject,
-        planned.input_shape[-2],
+        n_rows,
         planned.profile,
         planned.options,
     )
@@ -268,7 +288,13 @@ def _scaling(fastest: Prediction | None, planned: Planned) -> list[Scaling]:
     profile, config = planned.profile, planned.config
     if fastest is None or profile.n_devices == 1 or config.parallel != "data":
         return []
-    return scale_out(fastest, planned.subject, config.batch_size, profile, BUCKET_BYTES)
+
+    def predict_with(profile: Profile, options: Options) -> Prediction:
+        return estimate(planned.subject, fastest.strategy, profile, options)
+
+    return scale_out(
+        predict_with, planned.subject, config.batch_size, profile, planned.options, BUCKET_BYTES
+    )
 
 
 def _row(planned: Planned, prediction: Prediction, epoch: _Epoch) -> dict[str, Any]:

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from umtrain import tasks
 from umtrain.config import RunConfig, load_config
 from umtrain.console import Console
 from umtrain.data.frame import network_width_px
-from umtrain.data.manifest import Kind, read_manifest
+from umtrain.data.manifest import Kind, Split, read_manifest
 from umtrain.device import resolve_device
 from umtrain.errors import ConfigError
 from umtrain.files import cache_folder
 from umtrain.memory.options import Options
+from umtrain.optimization import N_STATES
 from umtrain.planning.calibration import calibrated
 from umtrain.planning.machine import free_profile
 from umtrain.planning.profile import Profile, load_profile
@@ -31,6 +32,9 @@ _HERE = ("auto", "cpu", "cuda")
 # The networks whose convolutions a calibration times, and at which sizes.
 _TIMED = (("dataset=wsi", "model=resnet50"), ("dataset=spine",))
 _TIMED_RES = (256, 1024)
+# A batch of images has images, channels, rows and columns; of volumes slices stand before rows.
+_N_IMAGE_AXES, _ROWS_AXIS = 4, 2
+_SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,20 @@ class Planned:
 
 @dataclass(frozen=True)
 class Words:
-    """The words of a command, told apart: those of a run, and where to plan for."""
+    """The words of a command, told apart: those of a run, and where to plan for.
+
+    `memory` is the one strategy that is asked about, None where several are.
+    """
 
     overrides: tuple[str, ...]
     device: str
     aspect: float | None
+    memory: str | None = None
 
     def checked(self, *more: str) -> RunConfig:
         """Return the configuration with `more` overrides. Raises ConfigError for a wrong one."""
-        config = load_config([*self.overrides, *more])
+        chosen = () if self.memory is None else (f"memory={self.memory}",)
+        config = load_config([*self.overrides, *chosen, *more])
         if self.aspect is None:
             return config
         dataset = dataclasses.replace(config.dataset, aspect=self.aspect)
@@ -73,8 +82,10 @@ class Words:
         return make_planned(self.checked(*more), profile)
 
 
-def split_words(words: list[str]) -> Words:
+def split_words(words: list[str], memory: str | None = None) -> Words:
     """Take from `words` what a run does not know: other devices, and slides that are no squares.
+
+    `memory` is the one strategy that is asked about.
 
     Raises ConfigError for an aspect that is no positive number.
     """
@@ -88,7 +99,7 @@ def split_words(words: list[str]) -> Words:
             aspect = _positive(word, value)
         else:
             overrides.append(word)
-    return Words(tuple(overrides), device, aspect)
+    return Words(tuple(overrides), device, aspect, memory)
 
 
 def _positive(word: str, value: str) -> float:
@@ -153,15 +164,26 @@ def make_planned(config: RunConfig, profile: Profile) -> Planned:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if profile.native_bf16 else "fp32"
+    with torch.device("meta"):
+        model = tasks.without_images(config).create_model()
+    # No weight is ever read, nor written: what is reserved for them takes no memory.
+    return _planned(config, profile, precision, model.to_empty(device="cpu"))
+
+
+def resized(planned: Planned, **changes: int) -> Planned:
+    """Return the same network on inputs of another `res` or `batch_size`, which are not checked."""
+    config = dataclasses.replace(planned.config, **changes)
+    return _planned(config, planned.profile, planned.precision, planned.subject.model)
+
+
+def _planned(config: RunConfig, profile: Profile, precision: str, model: nn.Module) -> Planned:
     task = tasks.without_images(config)
-    with torch.random.fork_rng(devices=()):
-        model = task.create_model()
     sample = _sample(task.sample_input(torch.device("meta"), input_dtype(precision)), config)
     return Planned(
         config=config,
         profile=profile,
         precision=precision,
-        subject=Subject(model, sample, precision),
+        subject=Subject(model, sample, precision, n_states=N_STATES[config.optim.name]),
         input_shape=tuple(sample.shape[1:]),
         options=_options(config, profile),
     )
@@ -172,17 +194,22 @@ def _sample(sample: Tensor, config: RunConfig) -> Tensor:
     if config.dataset.name != "wsi" or config.dataset.aspect == 1:
         return sample
     width_px = network_width_px(config.res, config.dataset.aspect)
-    shape = (*sample.shape[:3], width_px)
-    return torch.empty(shape, dtype=sample.dtype, device="meta", memory_format=torch.channels_last)
+    return _with_side(sample, -1, width_px)
 
 
 def with_rows(planned: Planned, n_rows: int) -> Planned:
-    """Return the same network on a band of `n_rows` rows of the input."""
-    whole = planned.subject.sample_batch
-    shape = (*whole.shape[:-2], n_rows, whole.shape[-1])
-    band = torch.empty(shape, dtype=whole.dtype, device="meta", memory_format=torch.channels_last)
-    subject = Subject(planned.subject.model, band, planned.precision)
-    return dataclasses.replace(planned, subject=subject, input_shape=tuple(shape[1:]))
+    """Return the same network on a band of `n_rows` rows of the input; a volume's are slices."""
+    band = _with_side(planned.subject.sample_batch, _ROWS_AXIS, n_rows)
+    whole = planned.subject
+    subject = Subject(whole.model, band, whole.precision, n_states=whole.n_states)
+    return dataclasses.replace(planned, subject=subject, input_shape=tuple(band.shape[1:]))
+
+
+def _with_side(sample: Tensor, axis: int, n_px: int) -> Tensor:
+    shape = list(sample.shape)
+    shape[axis] = n_px
+    layout = torch.channels_last if len(shape) == _N_IMAGE_AXES else torch.channels_last_3d
+    return torch.empty(shape, dtype=sample.dtype, device="meta", memory_format=layout)
 
 
 def _options(config: RunConfig, profile: Profile) -> Options:
@@ -194,15 +221,22 @@ def _options(config: RunConfig, profile: Profile) -> Options:
     return Options.parse(device=profile.kind, **chosen)
 
 
-def n_train(config: RunConfig) -> tuple[int | None, str]:
-    """Return how many images an epoch has, by the manifest; None and why, if there is none."""
+def n_images(config: RunConfig) -> tuple[dict[str, int] | None, str]:
+    """Return how many images an epoch trains on ("train") and validates on ("val").
+
+    By the manifest; None and why, if there is none. Of approach=two_stage they are patches.
+    """
     dataset = config.dataset
     if dataset.manifest is None:
         return None, "without dataset.manifest it is not known how many images an epoch has"
     root = Path(dataset.root).expanduser() if dataset.root else None
     path = Path(dataset.manifest).expanduser()
     manifest = read_manifest(path, cast(Kind, dataset.name), root)
-    n_images = len(manifest.split("train"))
-    if config.approach == "two_stage":
-        n_images *= config.dataset.patches_per_slide or 1
-    return n_images, ""
+    if config.approach != "two_stage":
+        return {split: len(manifest.split(split)) for split in _SPLITS}, ""
+    with_mask = [slide for slide in manifest.split("val") if getattr(slide, "mask", None)]
+    per_slide = dataset.patches_per_slide or 1
+    return {
+        "train": per_slide * len(manifest.split("train")),
+        "val": per_slide * len(with_mask),
+    }, ""

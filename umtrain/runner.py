@@ -35,6 +35,7 @@ from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import group_rows, make_groups
 from umtrain.memory.working_set import measure_working_sets
+from umtrain.optimization import N_STATES
 from umtrain.parallel.ranks import world_facts
 from umtrain.parallel.scratch import run_dir_of_rank
 from umtrain.parallel.world import alone, world
@@ -61,7 +62,6 @@ from umtrain.training import Trainer, autocast, inference, input_dtype, ranks_of
 _N_SHOWN = 20
 _OF_TRAINING = ("throughput", "memory_use", "train")
 _UNDER_WAY = "the run is under way, or was killed"
-_OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # numbers for each parameter
 
 
 def fit(config: RunConfig, console: Console) -> Path:
@@ -468,7 +468,7 @@ def _check_room(task: Task, model: nn.Module, strategy: Strategy, readers: Reade
     """Refuse a run that surely has not the memory it needs; raises OutOfMemoryError."""
     config = task.config
     sample = task.sample_input(torch.device("meta"), input_dtype(config.precision))
-    n_states = _OPTIMIZER_STATES[config.optim.name]
+    n_states = N_STATES[config.optim.name]
     subject = Subject(model, sample, config.precision, n_states=n_states)
     check_run(subject, strategy.name, strategy.options, readers)
 

@@ -64,10 +64,12 @@ COMMANDS = {
         False,
     ),
     "plan": Command(
-        "umtrain plan [res=N[,N…]] [memory=STRATEGY|all] [device=auto|cpu|cuda|PROFILE] "
+        "umtrain plan [res=N[,N…]] [memory=STRATEGY|all|auto] [device=auto|cpu|cuda|PROFILE] "
         "[calibrate=true] [out=DIR] [key=value …]",
         "predict memory, traffic and time of each strategy, without training or data",
-        "Needs no manifest; with one it says what an epoch takes. This machine is measured once, "
+        "Says of every strategy, or of one, what a step takes, and which memory=auto would choose "
+        "(memory=auto is all). Needs no manifest; with one it says what an epoch takes, its "
+        "validation included. This machine is measured once, "
         "in a minute or two, and the figures are kept; calibrate=true measures again. "
         "device= also takes a profile of another machine; dataset.aspect any shape of slide. "
         "Several values of res, or out=DIR, write plan.json and plan.png.\n"
@@ -84,7 +86,8 @@ COMMANDS = {
         "[device=auto|cpu|cuda|PROFILE] [memory.device_budget=2GiB] [out=DIR] [key=value …]",
         "find the largest res or batch that fits, per strategy",
         "By prediction, or with measure=true by real steps on this machine, each try a process of "
-        "its own. Writes limits.json and limits.png.",
+        "its own. res goes in steps of 32 for slides, 64 for radiographs and 4 for volumes. Writes "
+        "limits.json and limits.png.",
         (
             "umtrain limits memory.device_budget=2GiB",
             "umtrain limits of=batch_size res=512 model=resnet101 device=v100_32gb",

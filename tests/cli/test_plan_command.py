@@ -4,13 +4,16 @@ import json
 import os
 import re
 
+import psutil
 import pytest
 import torch
 
+from umtrain.console import Console
 from umtrain.device import device_name
 from umtrain.errors import ConfigError
 from umtrain.files import write_json
-from umtrain.plan_command import parse
+from umtrain.plan_command import parse, plan
+from umtrain.plan_subject import resized, split_words, with_rows
 from umtrain.planning.calibration import machine_key
 from umtrain.planning.profile import load_profile, profile_to_dict
 
@@ -77,7 +80,9 @@ def test_what_does_not_fit_says_why_and_auto_takes_what_does(planned):
     assert not lost["fits"]
     assert lost["device_peak_bytes"] > document["profile"]["device_bytes"]
     assert f"vanilla: {lost['why']}" in printed
-    assert not document["auto"]["16384"].startswith("vanilla")
+    chosen = re.match(r"memory=auto: (\w+), predicted", document["auto"]["16384"])
+    fitting = {row["strategy"] for row in document["rows"] if row["res"] == 16384 and row["fits"]}
+    assert chosen[1] in fitting - {"vanilla"}
 
 
 def test_a_slide_of_any_shape_is_planned_on_a_node(umtrain, tmp_path):
@@ -87,8 +92,9 @@ def test_a_slide_of_any_shape_is_planned_on_a_node(umtrain, tmp_path):
     (row,) = plan_of(tmp_path / "out")["rows"]
     assert row["input_shape"] == [3, 100000, 49984]
     assert "rows spread over devices" in done.stdout
-    scaling = plan_of(tmp_path / "out")["scaling"]["100000"]
-    assert scaling["strategy"] in (None, "stream")
+    # One of its GPUs has not the memory: no step of it that others could do beside it.
+    assert not row["fits"]
+    assert plan_of(tmp_path / "out")["scaling"]["100000"] == {"strategy": None, "devices": []}
 
 
 def test_a_node_is_planned_for_as_part_of_many(umtrain, tmp_path):
@@ -100,12 +106,71 @@ def test_a_node_is_planned_for_as_part_of_many(umtrain, tmp_path):
     assert "on each device, memory=vanilla" in done.stdout
 
 
-def test_an_epoch_takes_as_many_steps_as_the_manifest_has_batches(umtrain, slides, tmp_path):
+def test_an_epoch_trains_and_validates_as_many_batches_as_the_manifest_has(
+    umtrain, slides, tmp_path
+):
     words = ("res=256", *GPU, "memory=vanilla", "batch_size=3")
     done = umtrain("plan", *words, f"dataset.manifest={slides}", "out=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (row,) = plan_of(tmp_path / "out")["rows"]
-    assert row["epoch_s"] == pytest.approx(2 * row["step_s"])  # four images for training
+    # Four images for training; two for validation, in one batch that has no backward.
+    assert 2 * row["step_s"] < row["epoch_s"] < 3 * row["step_s"]
+
+
+def test_a_volume_is_spread_by_its_slices(tmp_path, capsys):
+    words = ("dataset=ct", "res=64", "device=v100_node", "memory=stream", f"out={tmp_path}")
+    assert plan([*words, "memory.device_budget=700MiB"], Console()) == 0
+    assert "rows spread over devices" in capsys.readouterr().out
+    whole = split_words(["dataset=ct"]).planned(load_profile("v100_node"))
+    half = with_rows(whole, 16)
+    assert (whole.input_shape, half.input_shape) == ((1, 32, 96, 96), (1, 16, 96, 96))
+    sample = half.subject.sample_batch
+    assert sample.is_contiguous(memory_format=torch.channels_last_3d)
+    assert half.subject.trace().saved_bytes < 0.6 * whole.subject.trace().saved_bytes
+
+
+@pytest.mark.parametrize(("optim", "n_states"), [("adamw", 2), ("sgd", 1)])
+def test_the_optimizer_s_state_is_the_chosen_one_s(optim, n_states):
+    planned = split_words(["dataset=spine", "res=128", f"optim={optim}"]).planned(
+        load_profile("v100_32gb")
+    )
+    trace = planned.subject.trace()
+    (state,) = [each for each in trace.allocations if each.kind == "state"]
+    learned = sum(p.nbytes for p in planned.subject.model.parameters())
+    assert state.n_bytes == n_states * learned
+
+
+def test_the_network_of_a_plan_takes_no_memory_and_no_time_to_initialise():
+    planned = split_words(["dataset=ct", "model=resnet101_3d"]).planned(load_profile("v100_32gb"))
+    before = psutil.Process().memory_info().rss
+    again = split_words(["dataset=ct", "model=resnet101_3d"]).planned(load_profile("v100_32gb"))
+    weights = sum(p.nbytes for p in again.subject.model.parameters())
+    assert psutil.Process().memory_info().rss - before < weights / 4
+    places = {p.data_ptr() for p in again.subject.model.parameters()}
+    assert len(places) == len(list(planned.subject.model.parameters()))
+
+
+def test_another_size_is_the_same_network_on_another_input():
+    first = split_words(["dataset=spine"]).planned(load_profile("v100_32gb"), "res=128")
+    other = resized(first, res=256, batch_size=2)
+    assert other.subject.model is first.subject.model
+    built = split_words(["dataset=spine"]).planned(
+        load_profile("v100_32gb"), "res=256", "batch_size=2"
+    )
+    assert other.subject.trace() == built.subject.trace()
+    assert other.title == built.title
+
+
+def test_a_strategy_that_is_named_is_what_the_configuration_is_checked_with():
+    words = ("parallel=spatial", "device=h100_node")
+    assert parse([*words, "memory=stream"]).strategies == ("stream",)
+    for memory in ("memory=lms", "memory=all"):
+        with pytest.raises(ConfigError, match=r"parallel=spatial .*add memory=stream"):
+            parse([*words, memory])
+
+
+def test_auto_plans_all_strategies():
+    assert parse(["memory=auto"]).strategies == parse(["memory=all"]).strategies
 
 
 def test_without_a_manifest_an_epoch_is_null_with_its_reason(planned):
@@ -126,7 +191,7 @@ def test_this_machine_is_not_measured_twice(umtrain, calibrated_env, tmp_path):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("memory=magic",), "memory=magic: choose all, auto, "),
+        (("memory=magic",), "memory=magic: choose all, auto, vanilla, "),
         (("res=256,512", "seed=1,2"), "a plan takes several values of res only"),
         (("ress=256",), "unknown key 'ress'. Did you mean res or resume?"),
         (("dataset.aspect=wide",), "dataset.aspect=wide: must be a number above 0"),

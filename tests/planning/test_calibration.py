@@ -9,8 +9,13 @@ import torch
 
 from umtrain.errors import ConfigError
 from umtrain.planning import calibration
-from umtrain.planning.calibration import calibrated, local_profile, machine_key
-from umtrain.planning.profile import load_profile
+from umtrain.planning.calibration import (
+    calibrated,
+    local_profile,
+    machine_key,
+    migration_of,
+)
+from umtrain.planning.profile import load_profile, profile_names
 from umtrain.planning.seconds import operation_seconds
 from umtrain.planning.tracing import trace_step
 
@@ -170,3 +175,16 @@ def test_with_a_calibration_it_is_that_one(profile, folder, monkeypatch):
     assert local_profile("cpu") == profile
     (path,) = folder.iterdir()
     assert json.loads(path.read_text())["kind"] == "cpu"
+
+
+@pytest.mark.parametrize("name", [n for n in profile_names() if load_profile(n).device_names])
+def test_pages_come_to_a_calibrated_gpu_as_to_the_named_one(name):
+    named = load_profile(name)
+    (title, *_) = named.device_names
+    assert migration_of("cuda", f"NVIDIA {title}", named.device_bytes) == named.migration
+
+
+def test_pages_come_to_an_unknown_gpu_block_by_block():
+    unknown = migration_of("cuda", "NVIDIA of tomorrow", 2**38)
+    s_per_byte = unknown.fault_s / unknown.block_bytes / unknown.n_faults
+    assert 1e-4 / 2**21 <= s_per_byte <= 2e-4 / 2**21

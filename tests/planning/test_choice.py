@@ -8,8 +8,8 @@ import torch
 from umtrain import memory, models
 from umtrain.errors import OutOfMemoryError
 from umtrain.memory.options import Options
-from umtrain.planning.choice import choose
-from umtrain.planning.predict import predict
+from umtrain.planning.choice import Choice, choose
+from umtrain.planning.predict import Prediction, predict
 from umtrain.planning.profile import load_profile
 from umtrain.planning.subject import Subject
 from umtrain.units import parse_bytes
@@ -45,6 +45,28 @@ def test_takes_the_fastest_of_those_that_fit(resnet, device_budget):
     assert choice.prediction.step_s < min(each.step_s for each in fitting) / 0.9
     assert choice.prediction.device_peak_bytes <= parse_bytes(device_budget)
     assert choice.prediction.strategy in choice.sentence
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        (Prediction("stream", fits=False, why="long", least_host_bytes=GIB), "(does not fit)"),
+        (Prediction("stream", fits=False, why="long", least_budget_bytes=GIB), "(does not fit)"),
+        (Prediction("stream", fits=False, why="has a scan"), "(has a scan)"),
+    ],
+)
+def test_a_strategy_that_was_refused_is_named_with_its_reason(refused, words):
+    taken = Prediction("vanilla", fits=True, device_peak_bytes=GIB, step_s=1.0)
+    assert Choice(taken, (taken, refused), 2 * GIB).sentence.endswith(f"; stream {words}")
+    assert Choice(taken, (taken,), 2 * GIB).sentence.endswith("; nothing else would be faster")
+
+
+def test_a_strategy_that_has_not_the_host_memory_is_named(resnet):
+    poor = dataclasses.replace(with_memory(16 * GIB), host_bytes=2**20)
+    options = Options.parse(device_budget="710MiB")
+    choice = choose(resnet, poor, options, ["checkpoint", "stream"])
+    assert choice.prediction.strategy == "checkpoint"
+    assert "stream (does not fit)" in choice.sentence
 
 
 def test_refuses_with_the_least_of_all_strategies(resnet):

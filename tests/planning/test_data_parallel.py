@@ -14,6 +14,7 @@ from umtrain.planning.profile import load_profile
 from umtrain.planning.subject import Subject
 
 NODE = load_profile("h100_node")
+OPTIONS = Options(device="cuda")
 MIB = 2**20
 
 
@@ -26,9 +27,12 @@ def subject():
     return Subject(model, image, "fp32")
 
 
-def scaled(subject, profile, bucket_bytes=MIB, n_images=2):
-    prediction = predict(subject, "vanilla", profile, Options(device="cuda"))
-    return prediction, scale_out(prediction, subject, n_images, profile, bucket_bytes)
+def scaled(subject, profile, bucket_bytes=MIB, n_images=2, strategy="vanilla", options=OPTIONS):
+    def predicted(profile, options):
+        return predict(subject, strategy, profile, options)
+
+    rows = scale_out(predicted, subject, n_images, profile, options, bucket_bytes)
+    return predicted(profile, options), rows
 
 
 def test_one_device_is_the_prediction_itself(subject):
@@ -67,3 +71,22 @@ def test_the_least_wait_is_for_the_last_bucket_and_the_most_for_all(subject):
 def test_nothing_is_said_where_no_link_is_known(subject):
     unknown = dataclasses.replace(NODE, network_bytes_per_s=None)
     assert scaled(subject, unknown)[1] == []
+
+
+def test_devices_of_a_node_share_its_host_memory(subject):
+    tight = Options(device="cuda", device_budget_bytes=400 * MIB)
+    prediction, _ = scaled(subject, NODE, strategy="lms", options=tight)
+    assert prediction.host_peak_bytes > 0
+    poor = dataclasses.replace(NODE, host_bytes=int(2.5 * prediction.host_peak_bytes))
+    rows = {each.n_devices: each for each in scaled(subject, poor, strategy="lms")[1]}
+    assert {n: each.fits for n, each in rows.items()} == {n: n <= 2 for n in DEVICE_COUNTS}
+    for n, each in rows.items():
+        assert each.host_peak_bytes == min(n, NODE.n_devices) * prediction.host_peak_bytes
+
+
+def test_a_host_budget_of_each_does_not_make_a_node_larger(subject):
+    needed_bytes = scaled(subject, NODE, strategy="lms")[0].host_peak_bytes
+    poor = dataclasses.replace(NODE, host_bytes=2 * needed_bytes)
+    options = Options(device="cuda", host_budget_bytes=2 * needed_bytes)
+    rows = scaled(subject, poor, strategy="lms", options=options)[1]
+    assert [each.fits for each in rows[:3]] == [True, True, False]

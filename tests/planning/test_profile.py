@@ -72,6 +72,27 @@ def test_a_node_is_eight_of_its_gpu(gpu, node, host_bytes):
     assert eight.network_bytes_per_s < eight.peer_bytes_per_s
 
 
+SHARES_OF_H100 = "As on the H100 (h100_80gb.yaml): not measured by us."
+PASSES_OF_H100 = "As on the H100: not measured by us."
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_what_is_said_to_be_as_on_the_h100_is(name):
+    text = (conf_dir() / GROUP / f"{name}.yaml").read_text(encoding="utf-8")
+    profile, h100 = load_profile(name), load_profile("h100_80gb")
+    if SHARES_OF_H100 in text:
+        assert profile.efficiency == h100.efficiency
+        assert profile.backward_efficiency == h100.backward_efficiency
+    if PASSES_OF_H100 in text:
+        assert profile.pass_efficiency == h100.pass_efficiency
+
+
+def test_some_profiles_say_that_they_are_as_the_h100():
+    texts = [path.read_text(encoding="utf-8") for path in (conf_dir() / GROUP).glob("*.yaml")]
+    assert sum(SHARES_OF_H100 in text for text in texts) >= 4
+    assert sum(PASSES_OF_H100 in text for text in texts) >= 6
+
+
 def test_an_unknown_profile_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"device=k80 .*a100_80gb, .*v100_node"):
         load_profile("k80")

@@ -64,3 +64,26 @@ def test_a_window_of_one_row_needs_no_neighbour():
     shape = Convolution(8, 4, (1, 1), (1, 1), 1, (1, 10, 20))
     operation = Operation("convolution", "", "forward", "bf16", 0.0, 0, 0, shape)
     assert halo_bytes(StepTrace([operation])) == 0
+
+
+def test_the_rows_of_a_volume_are_its_slices():
+    shape = Convolution(8, 4, (5, 3, 1), (2, 2, 1), 1, (2, 7, 10, 20))
+    operation = Operation("convolution", "", "forward", "bf16", 0.0, 0, 0, shape)
+    slice_bytes = 2 * 8 * (2 * 10) * 20 * 2  # images, channels, rows, columns, bytes of bf16
+    assert halo_bytes(StepTrace([operation])) == 2 * 2 * slice_bytes
+
+
+def test_no_more_devices_than_rows_and_none_whose_band_cannot_be_normalised():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1))
+
+    def few_rows(n_rows):
+        return Subject(model, torch.empty((1, 3, n_rows, 64), device="meta"), "fp32")
+
+    tight = Options(device="cuda", device_budget_bytes=2**20)
+    assert [s.n_devices for s in spread_rows(few_rows, 6, NODE, tight)] == [1, 2, 4]
+
+    def of_one_row(n_rows):
+        normed = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        return Subject(normed, torch.empty((1, 3, n_rows, 1), device="meta"), "fp32")
+
+    assert [s.n_devices for s in spread_rows(of_one_row, 4, NODE, tight)] == [1, 2]

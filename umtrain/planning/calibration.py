@@ -43,7 +43,7 @@ from umtrain.planning.step import Convolution, StepTrace
 
 _aten = torch.ops.aten
 _GENERIC_CPU = "generic_cpu"
-_VERSION = 2  # of what is measured: raised where another figure is added
+_VERSION = 3  # of what is measured: raised where another figure is added
 _N_TIMES = 3
 _LONG_S = 0.1  # an operation that takes longer is timed once
 _PASS_BYTES = (2 * 2**20, 2**27)  # in a processor's cache, and far out of it
@@ -57,7 +57,6 @@ _TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Read-ahead of a mapped file on Linux; a fault of a page that is not there reads this much.
 _READ_AHEAD_BYTES = 128 * 2**10
 _FAULT_S = 1e-4
-_CUDA_BLOCK_BYTES, _CUDA_FAULTS, _CUDA_FAULT_S = 2 * 2**20, 256, 4.5e-5
 
 Progress = Callable[[int, int, str], None]
 
@@ -118,12 +117,17 @@ def local_profile(device: torch.device | str) -> Profile:
         generic = load_profile(_GENERIC_CPU)
         return dataclasses.replace(generic, device_bytes=host_bytes, host_bytes=host_bytes)
     device_bytes = int(torch.cuda.mem_get_info()[1])
+    nearest = nearest_gpu(title, device_bytes)
+    host_bytes = psutil.virtual_memory().total
+    return dataclasses.replace(nearest, device_bytes=device_bytes, host_bytes=host_bytes)
+
+
+def nearest_gpu(title: str, device_bytes: int) -> Profile:
+    """Return the named profile that is most like a GPU, by its name or else by its memory."""
     profiles = [load_profile(name) for name in profile_names()]
     gpus = [p for p in profiles if p.kind == "cuda" and p.n_devices == 1]
     known = [p for p in gpus if any(part in title for part in p.device_names)]
-    nearest = min(known or gpus, key=lambda p: abs(p.device_bytes - device_bytes))
-    host_bytes = psutil.virtual_memory().total
-    return dataclasses.replace(nearest, device_bytes=device_bytes, host_bytes=host_bytes)
+    return min(known or gpus, key=lambda p: abs(p.device_bytes - device_bytes))
 
 
 def _path(folder: Path, device: torch.device, title: str) -> Path:
@@ -187,7 +191,7 @@ def calibrate(
             "fp32": _matrix_rate("fp32", device, is_native=True),
         },
         launch_s=_launch_s(device),
-        migration=_migration(kind),
+        migration=migration_of(kind, device_title, memory.device_bytes),
         native_bf16=native_bf16,
         first_touch_s_per_byte=memory.first_touch_s_per_byte,
         convolution_samples=tuple(convolutions),
@@ -407,7 +411,8 @@ def _spill_disk(folder: Path | None) -> tuple[float, float]:
         return _PROBE_BYTES / median_s(put_out, here), _PROBE_BYTES / median_s(get_back, here)
 
 
-def _migration(kind: str) -> Migration:
+def migration_of(kind: str, device_title: str, device_bytes: int) -> Migration:
+    """Return how pages come on demand, which is not measured: of a GPU, as on the nearest one."""
     if kind == "cuda":
-        return Migration(_CUDA_BLOCK_BYTES, _CUDA_FAULTS, _CUDA_FAULT_S)
+        return nearest_gpu(device_title, device_bytes).migration
     return Migration(_READ_AHEAD_BYTES, 1, _FAULT_S)

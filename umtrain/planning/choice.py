@@ -50,12 +50,7 @@ class Choice:
 
     def _others(self) -> str:
         others = [each for each in self.considered if each is not self.prediction]
-        return "; ".join(
-            f"{each.strategy} {_seconds(each)}, {_size(each.device_peak_bytes)}"
-            + ("" if each.fits else " (does not fit)")
-            for each in others
-            if each.device_peak_bytes is not None
-        )
+        return "; ".join(map(_words, others))
 
 
 def choose(
@@ -155,6 +150,16 @@ def _least_bytes(prediction: Prediction) -> int:
     least = prediction.least_budget_bytes or 0
     needed = least if prediction.strategy == STREAM else least / MARGIN
     return math.ceil(needed / _MIB) * _MIB
+
+
+def _words(prediction: Prediction) -> str:
+    """Return what a strategy that was not taken would need, or why it is out of the question."""
+    name = prediction.strategy
+    if prediction.device_peak_bytes is not None:
+        figures = f"{name} {_seconds(prediction)}, {_size(prediction.device_peak_bytes)}"
+        return figures if prediction.fits else f"{figures} (does not fit)"
+    is_short = prediction.least_budget_bytes or prediction.least_host_bytes
+    return f"{name} (does not fit)" if is_short else f"{name} ({prediction.why})"
 
 
 def _seconds(prediction: Prediction) -> str:

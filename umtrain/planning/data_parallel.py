@@ -10,10 +10,12 @@
 # wait for the slowest, is not in it.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from umtrain.memory.options import Options
 from umtrain.planning.predict import Prediction
 from umtrain.planning.profile import Profile
 from umtrain.planning.step import StepTrace
@@ -22,37 +24,61 @@ from umtrain.planning.subject import Subject
 DEVICE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
+# What a device takes on a machine of this profile, with these options.
+Predict = Callable[[Profile, Options], Prediction]
+
+
 @dataclass(frozen=True)
 class Scaling:
     """A step of `n_devices`, each with a batch of its own: predicted, not measured.
 
+    `host_peak_bytes` are of all devices of a node together, which share its host memory;
     `exchanged_bytes` go from each device to the next in a step, `waits_s` is what backward does
-    not hide of it; `efficiency` is the images per second against as many single devices.
+    not hide of it; `efficiency` is the images per second against as many single devices. Figures
+    are None where a step cannot be planned, as it has not the memory.
     """
 
     n_devices: int
+    fits: bool
+    host_peak_bytes: int | None
     exchanged_bytes: float
-    waits_s: float
-    step_s: float
-    images_per_s: float
-    efficiency: float
+    waits_s: float | None
+    step_s: float | None
+    images_per_s: float | None
+    efficiency: float | None
 
 
 def scale_out(
-    prediction: Prediction, subject: Subject, n_images: int, profile: Profile, bucket_bytes: int
+    predict: Predict,
+    subject: Subject,
+    n_images: int,
+    profile: Profile,
+    options: Options,
+    bucket_bytes: int,
 ) -> list[Scaling]:
     """Return the predictions for 1 to 64 devices of `profile`, `n_images` on each in a step.
 
-    Gradients are summed in buckets of `bucket_bytes`. Empty where the strategy's step is not
+    Gradients are summed in buckets of `bucket_bytes`. Empty where a single device's step is not
     known, or no link between devices is.
     """
-    if prediction.step_s is None or link_bytes_per_s(profile, DEVICE_COUNTS[-1]) is None:
+    predictions = {
+        per_node: predict(*share_of_node(profile, options, per_node))
+        for per_node in {min(n, profile.n_devices) for n in DEVICE_COUNTS}
+    }
+    alone_s = predictions[1].step_s
+    if alone_s is None or link_bytes_per_s(profile, DEVICE_COUNTS[-1]) is None:
         return []
-    trace = subject.trace()
-    seconds = subject.seconds(trace, profile)
-    stretch = prediction.step_s / sum(seconds)
-    buckets = _buckets(trace, [stretch * each for each in seconds], bucket_bytes)
-    return [_scaled(n, prediction.step_s, buckets, n_images, profile) for n in DEVICE_COUNTS]
+    job = _Job(subject, n_images, profile, bucket_bytes, alone_s)
+    return [_scaled(n, predictions[min(n, profile.n_devices)], job) for n in DEVICE_COUNTS]
+
+
+def share_of_node(profile: Profile, options: Options, per_node: int) -> tuple[Profile, Options]:
+    """Return what is left to each of `per_node` devices that share the host memory of a node."""
+    share_bytes = profile.host_bytes // per_node
+    budget_bytes = options.host_budget_bytes
+    if budget_bytes is not None:
+        options = dataclasses.replace(options, host_budget_bytes=min(budget_bytes, share_bytes))
+    return dataclasses.replace(profile, host_bytes=share_bytes), options
 
 
 def link_bytes_per_s(profile: Profile, n_devices: int) -> float | None:
@@ -62,29 +88,46 @@ def link_bytes_per_s(profile: Profile, n_devices: int) -> float | None:
     return profile.network_bytes_per_s
 
 
-def _scaled(
-    n_devices: int,
-    step_s: float,
-    buckets: Sequence[tuple[int, float]],
-    n_images: int,
-    profile: Profile,
-) -> Scaling:
+@dataclass(frozen=True)
+class _Job:
+    subject: Subject
+    n_images: int
+    profile: Profile
+    bucket_bytes: int
+    alone_s: float
+
+
+def _scaled(n_devices: int, prediction: Prediction, job: _Job) -> Scaling:
+    trace = job.subject.trace()
     share = 2 * (n_devices - 1) / n_devices
-    rate = link_bytes_per_s(profile, n_devices) or math.inf
-    is_free_s = -math.inf
-    for n_bytes, left_s in buckets:
-        # Time is counted from the end of backward: a bucket is ready `left_s` before it.
-        is_free_s = max(is_free_s, -left_s) + share * n_bytes / rate
-    waits_s = max(0.0, is_free_s)
-    together_s = step_s + waits_s
+    host_bytes, step_s = prediction.host_peak_bytes, prediction.step_s
+    waits_s = together_s = None
+    if step_s is not None:
+        seconds = job.subject.seconds(trace, job.profile)
+        stretched = [step_s / sum(seconds) * each for each in seconds]
+        rate = link_bytes_per_s(job.profile, n_devices) or math.inf
+        waits_s = _waits_s(_buckets(trace, stretched, job.bucket_bytes), share / rate)
+        together_s = step_s + waits_s
     return Scaling(
         n_devices=n_devices,
-        exchanged_bytes=share * sum(n_bytes for n_bytes, _ in buckets),
+        fits=prediction.fits,
+        host_peak_bytes=None
+        if host_bytes is None
+        else host_bytes * min(n_devices, job.profile.n_devices),
+        exchanged_bytes=share * sum(a.n_bytes for a in trace.allocations if a.kind == "gradient"),
         waits_s=waits_s,
         step_s=together_s,
-        images_per_s=n_devices * n_images / together_s,
-        efficiency=step_s / together_s,
+        images_per_s=None if together_s is None else n_devices * job.n_images / together_s,
+        efficiency=None if together_s is None else job.alone_s / together_s,
     )
+
+
+def _waits_s(buckets: Sequence[tuple[int, float]], s_per_byte: float) -> float:
+    """Return what is still under way when backward has ended; times are counted from its end."""
+    is_free_s = -math.inf
+    for n_bytes, left_s in buckets:
+        is_free_s = max(is_free_s, -left_s) + n_bytes * s_per_byte
+    return max(0.0, is_free_s)
 
 
 def _buckets(

@@ -11,7 +11,7 @@ from umtrain.planning.streamed import least_stream_bytes, plan_stream
 from umtrain.planning.subject import Subject
 from umtrain.planning.usage import Usage
 from umtrain.streaming.building import UnstreamableError
-from umtrain.streaming.plan import HostTooSmallError
+from umtrain.streaming.plan import HostTooSmallError, NoPlanError
 from umtrain.units import format_bytes
 
 
@@ -48,14 +48,18 @@ def predict(subject: Subject, strategy: str, profile: Profile, options: Options)
     reason. Raises ConfigError if the model cannot run without data.
     """
     prediction = estimate(subject, strategy, profile, options)
-    if prediction.device_peak_bytes is not None and prediction.least_budget_bytes is None:
-        least = _least_of_stream(Setting(subject, profile, options))
-        return replace(prediction, least_budget_bytes=least)
-    return prediction
+    known = (prediction.device_peak_bytes, prediction.least_budget_bytes)
+    if strategy != STREAM or known == (None, None):
+        return prediction
+    least = _least_of_stream(Setting(subject, profile, options))
+    return replace(prediction, least_budget_bytes=least)
 
 
 def estimate(subject: Subject, strategy: str, profile: Profile, options: Options) -> Prediction:
-    """Return what `predict` does, but for the least budget of streaming, which takes long."""
+    """Return what `predict` does, but for the least budget of streaming, which takes long.
+
+    Where streaming does not fit that is what it would about take, and None where it does.
+    """
     subject.trace()
     setting = Setting(subject, profile, options)
     try:
@@ -97,10 +101,11 @@ def _streamed(setting: Setting) -> Prediction:
         planned = plan_stream(setting)
     except HostTooSmallError as error:
         return Prediction(STREAM, fits=False, why=str(error), least_host_bytes=error.needed_bytes)
+    except NoPlanError as error:
+        about_bytes = setting.limit_bytes + error.missing_bytes
+        return Prediction(STREAM, fits=False, why=str(error), least_budget_bytes=about_bytes)
     except OutOfMemoryError as error:
-        return Prediction(
-            STREAM, fits=False, why=str(error), least_budget_bytes=_least_of_stream(setting)
-        )
+        return Prediction(STREAM, fits=False, why=str(error))
     why = _why(setting, planned.device_peak_bytes, planned.host_peak_bytes)
     return Prediction(
         STREAM,

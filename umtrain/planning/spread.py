@@ -6,19 +6,21 @@ after the step the gradients of the weights are summed over all. Within a node t
 fast links, between nodes over the network.
 """
 
-import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from umtrain.errors import ConfigError
 from umtrain.memory.options import Options
+from umtrain.planning.data_parallel import share_of_node
 from umtrain.planning.predict import predict
 from umtrain.planning.profile import Profile
 from umtrain.planning.step import StepTrace
 from umtrain.planning.subject import Subject
 
 _MOST_NODES = 64
-_TWO_NEIGHBOURS = 2
+_TWO_NEIGHBOURS, _LEAST_SIDES = 2, 2
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -50,9 +52,13 @@ def spread_rows(
     """
     spreads: list[Spread] = []
     n_devices = 1
-    while n_devices <= _MOST_NODES * profile.n_devices:
+    while n_devices <= min(n_rows, _MOST_NODES * profile.n_devices):
         band = subject_of_rows(math.ceil(n_rows / n_devices))
-        spreads.append(_spread(band, n_devices, profile, options))
+        try:
+            spreads.append(_spread(band, n_devices, profile, options))
+        except ConfigError:
+            # A band that is a single position at last has no spread to normalise by.
+            break
         if spreads[-1].fits and not spreads[-1].host_peak_bytes:
             break
         n_devices *= 2
@@ -61,8 +67,7 @@ def spread_rows(
 
 def _spread(band: Subject, n_devices: int, profile: Profile, options: Options) -> Spread:
     per_node = min(n_devices, profile.n_devices)
-    share = _share_of_host(profile, per_node)
-    prediction = predict(band, "stream", share, options)
+    prediction = predict(band, "stream", *share_of_node(profile, options, per_node))
     step = band.trace()
     exchanged = 0.0
     step_s = prediction.step_s
@@ -83,23 +88,21 @@ def _spread(band: Subject, n_devices: int, profile: Profile, options: Options) -
     )
 
 
-def _share_of_host(profile: Profile, per_node: int) -> Profile:
-    return dataclasses.replace(profile, host_bytes=profile.host_bytes // per_node)
-
-
 def halo_bytes(step: StepTrace) -> float:
     """Return what a device with two neighbours sends them in a step: rows, and their gradients.
 
-    A window of k rows reaches (k - 1) rows beyond a band, half of them on each side.
+    A window of k rows reaches (k - 1) rows beyond a band, half of them on each side. The rows of a
+    volume are its slices.
     """
     total = 0.0
     for operation in step.operations:
         shape = operation.convolution
-        if shape is None or len(shape.output) < _TWO_NEIGHBOURS + 1:
+        if shape is None or len(shape.kernel) < _LEAST_SIDES:
             continue
-        beyond = (shape.kernel[-2] - 1) / 2
-        columns = shape.output[-1] * shape.stride[-1]
-        row_bytes = shape.output[0] * shape.in_channels * columns * _BYTES[operation.dtype]
+        beyond = (shape.kernel[0] - 1) / 2
+        n_images, _, *others = shape.output
+        positions = math.prod(map(operator.mul, others, shape.stride[1:]))
+        row_bytes = n_images * shape.in_channels * positions * _BYTES[operation.dtype]
         total += _TWO_NEIGHBOURS * beyond * row_bytes
     return total
 
