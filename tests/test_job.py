@@ -13,7 +13,7 @@ from umtrain.errors import RunError
 from umtrain.files import write_json
 from umtrain.job import finished, is_unfinished, record_after, record_stamp, set_aside
 from umtrain.lock import run_lock
-from umtrain.report.record import _KEYS, RECORD_NAME
+from umtrain.report.record import _KEYS, RECORD_NAME, UNDER_WAY
 from umtrain.run_dir import write_config
 from umtrain.submission import LauncherConfig
 from umtrain.sweep import STAMPS, _on_cluster, _run_job, plan_jobs
@@ -34,11 +34,12 @@ def job(folder, *words):
     return only
 
 
-def leave_run(a_job, *words, status="ok", digest="0"):
+def leave_run(a_job, *words, status="ok", digest="0", why=""):
     """Leave in the job's folder what a run with `words` leaves there."""
     a_job.run_dir.mkdir(exist_ok=True)
     write_config(a_job.run_dir, load_config(["res=64", *FREE, *words]))
     record = dict.fromkeys(_KEYS) | {"status": status, "data": {"manifest_sha256": digest}}
+    record["reasons"] = {"status": why} if why else {}
     write_json(a_job.run_dir / RECORD_NAME, record)
 
 
@@ -142,6 +143,15 @@ def test_a_job_that_ended_badly_is_not_told_by_the_record_before(code, manifest,
     assert row["status"] == "failed"
     assert row["reasons"]["status"].endswith("before it wrote a record: node lost")
     assert record_after(a_job, None, code, "")["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("code", [1, None])
+def test_a_job_that_left_its_record_under_way_was_lost(code, manifest, tmp_path):
+    a_job = job(tmp_path, f"dataset.manifest={manifest}")
+    leave_run(a_job, status="interrupted", why=UNDER_WAY)
+    row = record_after(a_job, None, code, "node lost")
+    assert row["status"] == "failed"
+    assert row["reasons"]["status"].endswith("before it wrote a record: node lost")
 
 
 def test_a_killed_job_is_told_by_its_signal(manifest, tmp_path):

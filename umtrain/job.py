@@ -9,7 +9,7 @@ from typing import Any
 from umtrain.config import RunConfig, config_to_dict, run_identity
 from umtrain.errors import RunError, UmtrainError
 from umtrain.lock import move_run
-from umtrain.report.record import RECORD_NAME, Record, read_record
+from umtrain.report.record import RECORD_NAME, UNDER_WAY, Record, read_record
 from umtrain.run_dir import read_run_config
 
 _SETTLED = ("ok", "oom")
@@ -69,15 +69,17 @@ def record_after(job: Job, stamp_before: int | None, code: int | None, last_line
     """Return the row of a job that has ended with `code`, None if a cluster lost it.
 
     It is the job's record, unless it was killed, or failed and its record is as it was before it
-    started: then one that says how it ended.
+    started or was never finished: then one that says how it ended.
     """
     is_killed = code is not None and code < 0
     if is_killed or (code != 0 and record_stamp(job) == stamp_before):
         return _lost_record(job, code, last_line)
     try:
-        return read_record(job.run_dir)
+        record = read_record(job.run_dir)
     except RunError:
         return _lost_record(job, code, last_line)
+    is_whole = record["reasons"].get("status") != UNDER_WAY
+    return record if is_whole else _lost_record(job, code, last_line)
 
 
 def failed_record(job: Job, why: str) -> Record:

@@ -43,7 +43,7 @@ from umtrain.planning.host import Readers, check_run
 from umtrain.planning.subject import Subject
 from umtrain.randomness import seed_all
 from umtrain.report import html
-from umtrain.report.record import Record, environment, read_record, write_record
+from umtrain.report.record import UNDER_WAY, Record, environment, read_record, write_record
 from umtrain.report.tables import group_table, run_table
 from umtrain.resume import Start, plan_start
 from umtrain.run_dir import (
@@ -61,7 +61,6 @@ from umtrain.training import Trainer, autocast, inference, input_dtype, ranks_of
 
 _N_SHOWN = 20
 _OF_TRAINING = ("throughput", "memory_use", "train")
-_UNDER_WAY = "the run is under way, or was killed"
 
 
 def fit(config: RunConfig, console: Console) -> Path:
@@ -336,7 +335,7 @@ def _outcome(record: Record, run_dir: Path, clock: RunClock) -> Iterator[None]:
     """Write the record as that of a run under way, then, in every case, how the block ended."""
     status, reason = "failed", None
     try:
-        _set_status(record, "interrupted", _UNDER_WAY, clock)
+        _set_status(record, "interrupted", UNDER_WAY, clock)
         write_record(run_dir, record)
         yield
         status = "ok"
@@ -358,10 +357,10 @@ def _set_status(record: Record, status: str, reason: str | None, clock: RunClock
     """Set how the run stands, and with `reason` why it lacks the sections that it lacks."""
     record["status"] = status
     record["started_at_s"], record["elapsed_s"] = clock.started_at_s, clock.elapsed_s
-    reasons = {key: why for key, why in record["reasons"].items() if why != _UNDER_WAY}
+    reasons = {key: why for key, why in record["reasons"].items() if why != UNDER_WAY}
     if reason is not None:
         reasons["status"] = reason
-        lacks = reason if reason == _UNDER_WAY else f"the run ended before it: {reason}"
+        lacks = reason if reason == UNDER_WAY else f"the run ended before it: {reason}"
         for section in (*_OF_TRAINING, "val", "test"):
             if record[section] is None:
                 reasons.setdefault(section, lacks)

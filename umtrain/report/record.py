@@ -18,6 +18,8 @@ from umtrain.errors import RunError
 from umtrain.files import write_json
 
 RECORD_NAME = "metrics.json"
+# Why the status of a run is what it is, from its start until it has ended.
+UNDER_WAY = "the run is under way, or was killed"
 STATUSES = ("ok", "oom", "failed", "interrupted")
 _KEYS = (
     *("started_at_s", "dataset", "model", "res", "memory", "precision", "device", "seed"),
