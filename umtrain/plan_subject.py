@@ -170,7 +170,7 @@ def make_planned(config: RunConfig, profile: Profile) -> Planned:
     return _planned(config, profile, precision, model.to_empty(device="cpu"))
 
 
-def resized(planned: Planned, **changes: int) -> Planned:
+def resized(planned: Planned, **changes: Any) -> Planned:
     """Return the same network on inputs of another `res` or `batch_size`, which are not checked."""
     config = dataclasses.replace(planned.config, **changes)
     return _planned(config, planned.profile, planned.precision, planned.subject.model)
