@@ -172,7 +172,8 @@ def make_planned(config: RunConfig, profile: Profile) -> Planned:
 
 def resized(planned: Planned, **changes: Any) -> Planned:
     """Return the same network on inputs of another `res` or `batch_size`, which are not checked."""
-    config = dataclasses.replace(planned.config, **changes)
+    values: dict[str, Any] = dict(changes)
+    config = dataclasses.replace(planned.config, **values)
     return _planned(config, planned.profile, planned.precision, planned.subject.model)
 
 
