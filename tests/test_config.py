@@ -201,10 +201,17 @@ def test_a_value_swept_twice_is_one_job():
     assert sweep_axes(["res=256,512,256"])[0] == {"res": ["256", "512"]}
 
 
-@pytest.mark.parametrize("override", ["dataset.fit=pad", "dataset.positive=x", "res=64"])
+@pytest.mark.parametrize("override", ["dataset.fit=pad", "dataset.positive=x"])
 def test_radiographs_refuse_what_only_slides_have(override):
     with pytest.raises(ConfigError, match="radiographs"):
         load_config(["dataset=spine", override])
+
+
+@pytest.mark.parametrize(("dataset", "least"), [("wsi", 64), ("spine", 128), ("ct", 32)])
+def test_an_image_too_small_for_the_network_is_refused_with_the_least_size(dataset, least):
+    assert load_config([f"dataset={dataset}", f"res={least}"]).res == least
+    with pytest.raises(ConfigError, match=f"must be at least {least}"):
+        load_config([f"dataset={dataset}", f"res={least // 2}"])
 
 
 def test_sweep_axes_keep_the_order_of_the_command_line():
