@@ -4,13 +4,16 @@ import hashlib
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from umtrain.config import RunConfig, config_to_dict, run_identity
 from umtrain.errors import RunError, UmtrainError
 from umtrain.lock import move_run
 from umtrain.report.record import RECORD_NAME, UNDER_WAY, Record, read_record
 from umtrain.run_dir import read_run_config
+
+if TYPE_CHECKING:
+    from umtrain.data.manifest import Kind
 
 _SETTLED = ("ok", "oom")
 # What leaves the choice to the run, whose config.yaml then has what it chose or was resumed from.
@@ -147,5 +150,5 @@ def _is_demo(job: Job, manifest: Path) -> bool:
     """Tell whether a run's manifest is the demo data that the job would take, in any cache."""
     from umtrain.data.demo import demo_spec
 
-    spec = demo_spec(job.config.dataset.name, job.config.res)  # type: ignore[arg-type]
+    spec = demo_spec(cast("Kind", job.config.dataset.name), job.config.res)
     return manifest.parent.name == spec.folder_name

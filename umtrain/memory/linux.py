@@ -162,8 +162,7 @@ def process_status() -> dict[str, int]:
 def rss_bytes() -> int:
     """Return the resident set, for asking often; 0 on another system than Linux."""
     try:
-        with open("/proc/self/statm", "rb", buffering=0) as stream:  # noqa: PTH123 (its overhead)
-            return int(stream.read().split()[1]) * PAGE_BYTES
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * PAGE_BYTES
     except OSError:
         return 0
 
