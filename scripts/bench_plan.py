@@ -18,7 +18,6 @@ Prints tables; the last line of output is one JSON document. --out writes it, wi
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -86,7 +85,7 @@ def kept_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
     if arguments.out is None or not arguments.out.with_suffix(".json").exists():
         return []
     before = json.loads(arguments.out.with_suffix(".json").read_text())
-    for key, value in machine().items():
+    for key, value in machine(arguments.device).items():
         if before[key] != value:
             sys.exit(f"--out {arguments.out}: {key} was {before[key]}; name another file")
     return before["rows"]
@@ -101,7 +100,8 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, str]]:
 
 
 def overrides_of(model: str, precision: str, res: int, arguments: argparse.Namespace) -> list[str]:
-    words = [*MODELS[model], f"res={res}", f"precision={precision}", "device=cpu"]
+    words = [*MODELS[model], f"res={res}", f"precision={precision}"]
+    words.append(f"device={arguments.device}")
     return [*words, f"memory.device_budget={arguments.budget}"] if arguments.budget else words
 
 
@@ -128,7 +128,7 @@ def predicted_figures(
     from umtrain.planning.calibration import local_profile
     from umtrain.planning.predict import predict
 
-    profile = local_profile("cpu")
+    profile = local_profile(arguments.device)
     config = load_config(overrides_of(model, precision, res, arguments))
     planned = make_planned(config, profile)
     return dataclasses.asdict(predict(planned.subject, strategy, profile, planned.options))
@@ -167,7 +167,7 @@ def percent(share: float | None) -> str:
 def document_of(arguments: argparse.Namespace, rows: list[dict[str, object]]) -> dict[str, object]:
     return {
         "mode": "measured",
-        **machine(),
+        **machine(arguments.device),
         "command": " ".join(sys.argv),
         "summary": summary(rows),
         "rows": rows,
@@ -202,13 +202,15 @@ def summary_text(result: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, object]:
+def machine(device: str) -> dict[str, object]:
     import torch
 
     from umtrain.device import device_name
 
+    title = device_name(torch.device(device))
+    n_threads = torch.get_num_threads()
     return {
-        "machine": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
+        "machine": f"{title}, {n_threads} cores" if device == "cpu" else title,
         "torch": torch.__version__,
     }
 
@@ -426,6 +428,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--precisions", "--precision", nargs="+", choices=("fp32", "bf16"), default=["bf16", "fp32"]
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for measured")
     parser.add_argument("--budget", help="memory.device_budget of all cells, e.g. 1GiB")
     parser.add_argument("--steps", type=int, default=3, help="the first is left out")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32], help="for talk")

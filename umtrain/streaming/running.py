@@ -22,6 +22,7 @@ from umtrain.streaming.backward import Backward
 from umtrain.streaming.forward import Compiled, Session
 from umtrain.streaming.schedule import step_flops
 from umtrain.streaming.storage import HostMemory
+from umtrain.streaming.volumes import folded
 
 _log = logging.getLogger(__name__)
 
@@ -308,7 +309,7 @@ def record(ready: Ready) -> Recording | None:
     try:
         with _capturing(forward):
             outputs = session.forward()
-        given = [torch.empty_like(output) for output in outputs]
+        given = [torch.empty_like(folded(output)) for output in outputs]
         with _capturing(backward, forward.pool()):
             run = Backward(session, given)
             run.run(session.progress)
