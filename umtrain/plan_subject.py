@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from umtrain.training import input_dtype
 _HERE = ("auto", "cpu", "cuda")
 # The networks whose convolutions a calibration times, and at which sizes.
 _TIMED = (("dataset=wsi", "model=resnet50"), ("dataset=spine",))
-_TIMED_RES = (256, 1024)
+_TIMED_RES = {"cpu": (256, 1024), "cuda": (256, 1024, 4096)}
 # A batch of images has images, channels, rows and columns; of volumes slices stand before rows.
 _N_IMAGE_AXES, _ROWS_AXIS = 4, 2
 _SPLITS: tuple[Split, ...] = ("train", "val")
@@ -129,7 +130,12 @@ def resolve_profile(
     device = resolve_device(name)
     with _progress(console) as progress:
         calibrated(
-            device, cache_folder(), timed_steps, spill_dir=spill_dir, again=again, progress=progress
+            device,
+            cache_folder(),
+            partial(timed_steps, device),
+            spill_dir=spill_dir,
+            again=again,
+            progress=progress,
         )
     return free_profile(Options.parse(device=device.type, spill_dir=spill_dir))
 
@@ -149,13 +155,13 @@ def _progress(console: Console) -> Iterator[Any]:
         yield update
 
 
-def timed_steps() -> list[StepTrace]:
+def timed_steps(device: torch.device) -> list[StepTrace]:
     """Return traces of the steps whose convolutions tell how fast a machine is."""
     profile = load_profile("generic_cpu")
     return [
         make_planned(load_config([*words, f"res={res}"]), profile).subject.trace()
         for words in _TIMED
-        for res in _TIMED_RES
+        for res in _TIMED_RES[device.type]
     ]
 
 

@@ -24,7 +24,7 @@ def test_a_run_on_volumes_has_the_evidence_of_slides(finished):
     record = json.loads((run_dir / "metrics.json").read_text())
     assert (record["status"], record["model"]) == ("ok", "resnet18_3d")
     assert record["memory_use"]["strategy"] == "stream"
-    assert record["data"]["positive"] == "nodule"
+    assert record["data"]["positive"] == "mass"
     assert record["data"]["grid"] == "18 × 32 × 32 voxels"
     assert record["annotation"] == "one label for each of 4 training volumes"
     assert 0 <= record["test"]["auc"] <= 1

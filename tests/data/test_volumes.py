@@ -15,7 +15,7 @@ from umtrain.data.dataset import SampleKey
 from umtrain.data.digest import content_sha256
 from umtrain.data.loader import make_loader
 from umtrain.data.manifest import Volume, read_manifest
-from umtrain.data.synthetic.thorax import NODULE_DIAMETER_MM, make_thorax
+from umtrain.data.synthetic.thorax import MASS_DIAMETER_MM, make_thorax
 from umtrain.data.synthetic.volumes import plan_volumes
 from umtrain.data.volume_augment import VolumeAugment, shifted
 from umtrain.data.volume_dataset import VolumeDataset
@@ -23,7 +23,7 @@ from umtrain.data.volume_grid import Grid, HounsfieldWindow, axis_weights, resam
 from umtrain.errors import ManifestError
 
 LUNG = HounsfieldWindow(-600, 1500)
-LABELS = {"normal": 0, "nodule": 1}
+LABELS = {"normal": 0, "mass": 1}
 
 
 def volume_of(shape, spacing_mm=(1.0, 1.0, 1.0), hu=40):
@@ -131,28 +131,28 @@ def test_a_shift_brings_zeros_in_and_can_be_taken_back(shifts):
 # Synthetic volumes
 
 
-def test_a_nodule_is_where_it_is_said_to_be_and_solid():
+def test_a_mass_is_where_it_is_said_to_be_and_solid():
     thorax = make_thorax((60, 120, 120), (4.0, 3.0, 3.0), 5, positive=True)
-    assert thorax.nodule is not None
-    left, back, head = thorax.nodule.center_mm
+    assert thorax.mass is not None
+    left, back, head = thorax.mass.center_mm
     middle = [(n - 1) / 2 for n in thorax.hu.shape]
     at = tuple(
         round(m + mm / s)
         for m, mm, s in zip(middle, (head, back, left), thorax.spacing_mm, strict=True)
     )
     assert abs(thorax.hu[at] - 40) < 100
-    assert NODULE_DIAMETER_MM[0] <= thorax.nodule.diameter_mm <= NODULE_DIAMETER_MM[1]
+    assert MASS_DIAMETER_MM[0] <= thorax.mass.diameter_mm <= MASS_DIAMETER_MM[1]
     without = make_thorax((60, 120, 120), (4.0, 3.0, 3.0), 5, positive=False)
-    assert without.nodule is None
+    assert without.mass is None
     assert np.mean(np.abs(without.hu - thorax.hu) > 200) < 0.002  # nothing else tells them apart
 
 
-def test_a_nodule_lies_in_aerated_lung_not_in_the_heart():
+def test_a_mass_lies_in_aerated_lung_not_in_the_heart():
     grid = ((48, 96, 96), (5.0, 3.8, 3.8))
     for seed in range(30):
         with_one, without = (make_thorax(*grid, seed, positive=p) for p in (True, False))
         changed_mm3 = np.count_nonzero(np.abs(with_one.hu - without.hu) > 200) * np.prod(grid[1])
-        assert changed_mm3 > 0.6 * np.pi / 6 * with_one.nodule.diameter_mm**3, seed
+        assert changed_mm3 > 0.6 * np.pi / 6 * with_one.mass.diameter_mm**3, seed
 
 
 def test_brightness_does_not_give_the_label_away():
@@ -171,7 +171,7 @@ def test_brightness_does_not_give_the_label_away():
 def test_formats_say_nothing_about_labels_and_splits():
     specs = plan_volumes(400, 0)
     assert sum(spec.is_dicom for spec in specs) == 200
-    for name in ("nodule", "normal", "train", "test"):
+    for name in ("mass", "normal", "train", "test"):
         of_kind = [spec.is_dicom for spec in specs if name in (spec.label, spec.split)]
         assert 0.4 < np.mean(of_kind) < 0.6
 

@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umtrain.planning.profile import ConvolutionSample, PassSample, load_profile
+from umtrain.planning.profile import (
+    CompositionSample,
+    ConvolutionSample,
+    PassSample,
+    load_profile,
+)
 from umtrain.planning.seconds import convolution_kind, operation_seconds
 from umtrain.planning.step import Convolution, Operation
 
@@ -117,3 +122,13 @@ def test_a_pass_runs_between_the_speeds_of_the_sizes_that_were_timed(n_bytes, sm
 def test_a_normalisation_is_slower_than_an_addition_of_as_many_bytes():
     added = operation_seconds(a_pass("add", 2**30), GPU)
     assert operation_seconds(a_pass("native_batch_norm", 2**30), GPU) > added
+
+
+@given(st.integers(1, 2**34), st.floats(0.5, 4), st.floats(0.5, 4))
+def test_in_a_network_an_operation_takes_the_times_longer_that_were_measured(n_bytes, small, large):
+    composed = (CompositionSample("bf16", 2**20, small), CompositionSample("bf16", 2**28, large))
+    alone = load_profile("generic_cpu")
+    profile = dataclasses.replace(alone, composition_samples=composed)
+    operation = a_pass("add", n_bytes)
+    kernel_s, alone_s = (operation_seconds(operation, p) - p.launch_s for p in (profile, alone))
+    assert min(small, large) * 0.999 <= kernel_s / alone_s <= max(small, large) * 1.001

@@ -89,3 +89,30 @@ def test_what_readers_will_take_is_not_free_for_a_step():
 def test_readers_that_need_more_than_there_is_are_refused_under_any_strategy(subject, strategy):
     with pytest.raises(OutOfMemoryError, match=r"dataset\.workers \(now 1000\)"):
         check_run(subject, strategy, Options(), Readers(1000, GIB))
+
+
+@pytest.mark.parametrize("strategy", ["um", "um_group", "um_group_prefetch"])
+def test_managed_memory_that_has_room_is_on_the_gpu_as_vanillas_is(subject, strategy):
+    paged, vanilla = (
+        predict(subject, name, GPU, Options(device="cuda")) for name in (strategy, "vanilla")
+    )
+    assert paged.device_peak_bytes == pytest.approx(vanilla.device_peak_bytes, rel=0.01)
+    assert paged.swapped_in_bytes == paged.swapped_out_bytes == 0
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "vdnn"])
+def test_holes_that_are_given_back_are_paid_for_in_page_faults(subject, strategy):
+    cpu = load_profile("generic_cpu")
+    slower = dataclasses.replace(cpu, first_touch_s_per_byte=cpu.first_touch_s_per_byte + 1e-9)
+    fast, slow = (predict(subject, strategy, p, Options()) for p in (cpu, slower))
+    assert slow.step_s > fast.step_s
+    vanilla_fast, vanilla_slow = (predict(subject, "vanilla", p, Options()) for p in (cpu, slower))
+    assert vanilla_slow.step_s == vanilla_fast.step_s
+
+
+def test_a_step_whose_heap_stays_small_gives_nothing_back(subject):
+    small = Subject(subject.model, torch.empty(1, 3, 32, 32, device="meta"), "fp32")
+    cpu = load_profile("generic_cpu")
+    slower = dataclasses.replace(cpu, first_touch_s_per_byte=1.0)
+    fast, slow = (predict(small, "checkpoint", p, Options()) for p in (cpu, slower))
+    assert slow.step_s == fast.step_s

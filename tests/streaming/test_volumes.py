@@ -1,11 +1,14 @@
 """Volumes under the engine, slices as rows: exact as images are."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from umtrain import models
 from umtrain.errors import ConfigError
+from umtrain.streaming import running
 from umtrain.streaming.module import Streamer
 from umtrain.streaming.running import Settings
 from umtrain.streaming.volumes import folded, plane_of, unfolded
@@ -76,3 +79,34 @@ def test_slices_as_rows_are_the_same_bytes():
     assert rows.is_contiguous(memory_format=torch.channels_last)
     assert rows.data_ptr() == volume.data_ptr()
     assert torch.equal(unfolded(rows, plane_of(volume)), volume)
+
+
+class _Graph:
+    """A CUDA graph that was recorded, and does nothing when it is replayed."""
+
+    def pool(self):
+        return None
+
+    def replay(self):
+        pass
+
+
+def test_a_recorded_step_takes_the_gradients_of_pooled_volumes_as_autograd_gives_them(monkeypatch):
+    # Recording needs CUDA; what it copies where does not.
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(running, "_capturing", lambda *_: nullcontext())
+    monkeypatch.setattr(running, "can_be_recorded", lambda ready: True)
+    torch.manual_seed(0)
+    model = models.create("resnet18_3d", in_channels=1, n_outputs=2)
+    streamer = Streamer(model, Settings())
+    volumes = torch.randn(2, 1, 17, 33, 40)
+    recorded = []
+    take = running.RecordedStep.backward
+    monkeypatch.setattr(
+        running.RecordedStep,
+        "backward",
+        lambda step, given: recorded.append(len(given)) or take(step, given),
+    )
+    for _ in range(3):
+        streamer(volumes).sum().backward()
+    assert recorded == [2, 2]  # what averages and what maxima are given, from the second step on

@@ -131,7 +131,12 @@ class CpuMeter(Meter):
 
 
 class CudaMeter(Meter):
-    """Device memory is what torch's allocator holds on the GPU."""
+    """Device memory is what torch's allocator holds on the GPU.
+
+    `peak_statistic` is its own counter of that: what it has handed out, rounded up.
+    """
+
+    peak_statistic = "allocated_bytes.all.peak"
 
     def mark_base(self, model: nn.Module) -> None:
         """See `Meter`; torch's allocator starts from zero, so there is nothing to subtract."""
@@ -140,7 +145,7 @@ class CudaMeter(Meter):
         torch.cuda.reset_peak_memory_stats()
 
     def _device_peak_bytes(self) -> int | None:
-        return torch.cuda.max_memory_allocated()
+        return int(torch.cuda.memory_stats()[self.peak_statistic])
 
     def _major_faults(self) -> int | None:
         return None

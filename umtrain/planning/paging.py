@@ -6,7 +6,7 @@ that is paged in whole comes at the link's speed; what is prefetched comes besid
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from umtrain.planning.profile import Profile
@@ -128,12 +128,17 @@ class Pager:
             for index in self._ending[position]:
                 self._table.drop(index)
                 self._held_bytes -= self._blocks[index].allocation.n_bytes
-        self._moved.pages = [
-            Stay(b.allocation.n_bytes, b.allocation.needed[0], b.allocation.last)
-            for b in self._blocks
-            if b.allocation.needed
-        ]
+        self._moved.pages = list(self._stays())
         return self._moved
+
+    def _stays(self) -> Iterator[Stay]:
+        """Yield when each block is mapped: managed memory always, a file once backward reads it."""
+        for block in self._blocks:
+            allocation = block.allocation
+            if self._profile.kind == "cuda":
+                yield Stay(allocation.n_bytes, allocation.first, allocation.last)
+            elif allocation.needed:
+                yield Stay(allocation.n_bytes, allocation.needed[0], allocation.last)
 
     def _by_position(self, when: Callable[[Allocation], Sequence[int]]) -> list[list[int]]:
         n_operations = len(self._trace.operations)

@@ -68,6 +68,15 @@ class PassSample:
 
 
 @dataclass(frozen=True)
+class CompositionSample:
+    """How many times as long operations of `n_bytes` each take in a network as one by one."""
+
+    dtype: str
+    n_bytes: int
+    ratio: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """A machine, as a plan sees it.
 
@@ -102,6 +111,7 @@ class Profile:
     device_names: tuple[str, ...] = ()
     convolution_samples: tuple[ConvolutionSample, ...] = ()
     pass_samples: tuple[PassSample, ...] = ()
+    composition_samples: tuple[CompositionSample, ...] = ()
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -141,6 +151,9 @@ def profile_from_dict(values: dict[str, Any], path: Path) -> Profile:
                 ),
                 "device_names": tuple(values.get("device_names", ())),
                 "pass_samples": tuple(PassSample(**v) for v in values.get("pass_samples", ())),
+                "composition_samples": tuple(
+                    CompositionSample(**v) for v in values.get("composition_samples", ())
+                ),
             }
         )
     except (TypeError, KeyError, AttributeError) as error:

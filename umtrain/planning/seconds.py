@@ -47,7 +47,8 @@ def operation_seconds(operation: Operation, profile: Profile) -> float:
     A GPU computes while the next kernel is launched: there an operation takes the longer of both.
     Its memory has been touched before: fresh pages cost `first_touch_s_per_byte` on top.
     """
-    kernel_s = _kernel_s(operation, profile)
+    n_bytes = operation.read_bytes + operation.written_bytes
+    kernel_s = _kernel_s(operation, profile) * _composition(n_bytes, operation.dtype, profile)
     if profile.kind == "cuda":
         return max(profile.launch_s, kernel_s)
     return profile.launch_s + kernel_s
@@ -139,9 +140,20 @@ def _pass_s(kind: str, dtype: str, n_bytes: int, profile: Profile) -> float:
     return n_bytes / (profile.memory_bytes_per_s * shares.get(kind, shares["elementwise"]))
 
 
+def _composition(n_bytes: int, dtype: str, profile: Profile) -> float:
+    """Return how many times as long an operation takes in a network as alone, 1 if not known."""
+    samples = profile.composition_samples
+    chosen = [s for s in samples if s.dtype == dtype] or samples
+    return _between([(s.n_bytes, s.ratio) for s in chosen], n_bytes) if chosen else 1.0
+
+
 def _sampled_bytes_per_s(n_bytes: int, samples: Sequence[PassSample]) -> float:
-    """Return the speed at a size: between two samples, by the logarithm of size."""
-    points = sorted((math.log2(s.n_bytes), math.log(s.n_bytes / s.seconds)) for s in samples)
+    return _between([(s.n_bytes, s.n_bytes / s.seconds) for s in samples], n_bytes)
+
+
+def _between(figures: Sequence[tuple[int, float]], n_bytes: int) -> float:
+    """Return the figure at a size: between the two nearest, by the logarithms of both."""
+    points = sorted((math.log2(size), math.log(figure)) for size, figure in figures)
     at = math.log2(max(1, n_bytes))
     if at <= points[0][0]:
         return math.exp(points[0][1])

@@ -1,8 +1,8 @@
 """A thorax in Hounsfield units: body wall, ribs, spine, heart, lungs and their vessels.
 
-A positive one has a solid nodule in a lung. All, positive or not, have vessels, and half of them a
-thick one seen from its side: as bright and as wide as a nodule, but long. So neither brightness nor
-the amount of tissue in the lungs tells the classes apart, and the nodule's shape has to.
+A positive one has a solid mass in a lung. All, positive or not, have vessels, and half of them a
+thick one seen from its side: as bright and as wide as a mass, but long. So neither brightness nor
+the amount of tissue in the lungs tells the classes apart, and the mass's shape has to.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ Point = NDArray[np.float64]
 # Millimetres to the patient's left, back and head from the middle of the chest.
 HEIGHT_MM = 240.0
 WIDTH_MM = 360.0
-NODULE_DIAMETER_MM = (18.0, 30.0)
+MASS_DIAMETER_MM = (40.0, 60.0)
 
 _AIR, _FAT, _SOFT, _BLOOD, _BONE = -1000.0, -95.0, 45.0, 60.0, 420.0
-_NODULE = 40.0
+_MASS = 40.0
 _LUNG_HU = (-890.0, -820.0)
 _NOISE_HU = 22.0
 _N_BRANCHES = 16
@@ -30,8 +30,8 @@ _EDGE_MM = 1.2
 
 
 @dataclass(frozen=True)
-class Nodule:
-    """Where a nodule lies, in mm to the left, back and head, and how wide it is."""
+class Mass:
+    """Where a mass lies, in mm to the left, back and head, and how wide it is."""
 
     center_mm: tuple[float, float, float]
     diameter_mm: float
@@ -46,7 +46,7 @@ class Thorax:
 
     hu: Floats
     spacing_mm: tuple[float, float, float]
-    nodule: Nodule | None
+    mass: Mass | None
 
 
 def make_thorax(
@@ -67,9 +67,9 @@ def make_thorax(
         _vessels(canvas, lung, rng)
     if rng.uniform() < _DECOY_SHARE:
         _decoy(canvas, lungs[int(rng.integers(2))], rng)
-    nodule = _nodule(canvas, lungs[int(rng.integers(2))], rng) if positive else None
+    mass = _mass(canvas, lungs[int(rng.integers(2))], rng) if positive else None
     noise = rng.normal(0, _NOISE_HU, shape).astype(np.float32)
-    return Thorax(canvas.hu + noise, spacing_mm, nodule)
+    return Thorax(canvas.hu + noise, spacing_mm, mass)
 
 
 class _Canvas:
@@ -196,23 +196,23 @@ def _vessels(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> None:
 
 
 def _decoy(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> None:
-    """Draw a thick vessel as bright and as wide as a small nodule, but long."""
+    """Draw a thick vessel as bright and as wide as a small mass, but long."""
     middle = lung.point(rng, 0.45)
     direction = rng.normal(size=3) * np.array([0.6, 0.6, 1.0])
     half = direction / np.linalg.norm(direction) * rng.uniform(20, 30)
-    canvas.capsule(middle - half, middle + half, rng.uniform(3.5, 5.0), _NODULE)
+    canvas.capsule(middle - half, middle + half, rng.uniform(3.5, 5.0), _MASS)
 
 
-def _nodule(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> Nodule:
-    """Draw a nodule in aerated lung: inside the heart, as bright as it is, it would be no finding.
+def _mass(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> Mass:
+    """Draw a mass in aerated lung: inside the heart, as bright as it is, it would be no finding.
 
     Of a few places the first is taken that is free, or else the freest.
     """
-    diameter_mm = rng.uniform(*NODULE_DIAMETER_MM)
+    diameter_mm = rng.uniform(*MASS_DIAMETER_MM)
     places = [lung.point(rng, 0.72) for _ in range(_N_PLACES)]
     around_hu = [canvas.mean_hu(place, diameter_mm / 2) for place in places]
     free = [at for at, hu in enumerate(around_hu) if hu < _AERATED_HU]
     center = places[free[0] if free else int(np.argmin(around_hu))]
-    canvas.ellipsoid(center, diameter_mm / 2 * rng.uniform(0.9, 1.1, 3), _NODULE)
+    canvas.ellipsoid(center, diameter_mm / 2 * rng.uniform(0.9, 1.1, 3), _MASS)
     x, y, z = (float(value) for value in center)
-    return Nodule((x, y, z), diameter_mm)
+    return Mass((x, y, z), diameter_mm)

@@ -20,7 +20,7 @@ from umtrain.files import write_atomic, write_text
 
 SMALLEST_SIZE_PX = 32
 COLUMNS = ("volume_id", "patient_id", "path", "label", "split", "sha256")
-LABELS = {"0": "normal", "1": "nodule"}
+LABELS = {"0": "normal", "1": "mass"}
 
 _SLICE_SPACINGS_MM = (3.0, 4.0, 5.0)
 

@@ -1,0 +1,304 @@
+"""What a calibration times: a machine's own convolutions, passes, products, memory and links.
+
+Each figure is the median of a few runs after one that is left out. On a GPU a run is one of several
+in a row, as waiting for a kernel takes longer than most kernels.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from umtrain.memory.positioned import PositionedFile
+from umtrain.planning.profile import CompositionSample, ConvolutionSample, PassSample, Profile
+from umtrain.planning.seconds import operation_seconds
+from umtrain.planning.step import Convolution, StepTrace
+from umtrain.planning.tracing import mean_square, trace_step
+from umtrain.streaming.storage import ALIGNMENT_BYTES
+
+_aten = torch.ops.aten
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PASS_BYTES = (2 * 2**20, 2**27)  # in a processor's cache, and far out of it
+_N_TIMES = 3
+_N_FRESH = 5
+_N_IN_A_ROW = 8
+_LONG_S = 0.1  # an operation that takes longer is timed once
+_CHANNELS = 64
+_N_BLOCKS, _SMALL_PX = 20, 4
+_PROBE_BYTES = 2**28
+# Bottlenecks of ResNet-50 whose maps fit in a processor's cache, and whose maps do not: pixels a
+# side, and how many.
+COMPOSED = ((64, 6), (256, 3))
+_BOTTLENECK_CHANNELS = 256
+
+
+def distinct_convolutions(steps: Iterable[StepTrace]) -> list[tuple[Convolution, bool]]:
+    """Return each convolution once, and whether its input has a gradient."""
+    with_gradient: dict[Convolution, bool] = {}
+    for step in steps:
+        for operation in step.operations:
+            shape = operation.convolution
+            if shape is None or operation.phase != "backward":
+                continue
+            flops = _flops(shape)
+            with_gradient[shape] = with_gradient.get(shape, False) or operation.flops > 1.5 * flops
+    return list(with_gradient.items())
+
+
+def _flops(shape: Convolution) -> float:
+    per_output = 2 * shape.in_channels // shape.groups
+    for side in shape.kernel:
+        per_output *= side
+    n_outputs = shape.out_channels
+    for side in shape.output:
+        n_outputs *= side
+    return float(per_output * n_outputs)
+
+
+def time_convolution(
+    dtype: str, shape: Convolution, has_source_gradient: bool, device: torch.device
+) -> Iterator[ConvolutionSample]:
+    """Yield how long `shape` takes forward and backward, on maps of noise."""
+    kind = TORCH_DTYPES[dtype]
+    n_images, *sides = shape.output
+    rows = [side * stride for side, stride in zip(sides, shape.stride, strict=True)]
+    padding = [side // 2 for side in shape.kernel]
+    memory_format = torch.channels_last if len(sides) == 2 else torch.channels_last_3d
+    x = torch.randn(n_images, shape.in_channels, *rows, device=device, dtype=kind)
+    weight = torch.randn(
+        shape.out_channels, shape.in_channels // shape.groups, *shape.kernel, device=device
+    )
+    x, weight = x.to(memory_format=memory_format), weight.to(kind, memory_format=memory_format)
+    ones = [1] * len(sides)
+    geometry = (list(shape.stride), padding, ones, False, [0] * len(sides), shape.groups)
+
+    def forward() -> Tensor:
+        result: Tensor = _aten.convolution(x, weight, None, *geometry)
+        return result
+
+    dy = torch.randn_like(forward())
+
+    def backward() -> None:
+        wanted = [has_source_gradient, True, False]
+        _aten.convolution_backward(dy, x, weight, None, *geometry, wanted)
+
+    flops = _flops(shape)
+    yield ConvolutionSample(dtype, "forward", shape, flops, median_s(forward, device))
+    twice = 2.0 if has_source_gradient else 1.0
+    yield ConvolutionSample(dtype, "backward", shape, twice * flops, median_s(backward, device))
+
+
+def time_passes(dtype: str, n_bytes: int, device: torch.device) -> Iterator[PassSample]:
+    """Time each kind of pass on a map of `n_bytes`; its traffic is counted as a trace counts it."""
+    kind = TORCH_DTYPES[dtype]
+    side = int((n_bytes / kind.itemsize / _CHANNELS) ** 0.5)
+    x = torch.randn(1, _CHANNELS, side, side, device=device, dtype=kind)
+    x = x.to(memory_format=torch.channels_last)
+    y = torch.randn_like(x)
+    weight = torch.ones(_CHANNELS, device=device)
+    bias = torch.zeros(_CHANNELS, device=device)
+    mean, variance = bias.clone(), weight.clone()
+    x_in, weight_in, bias_in = (t.clone().requires_grad_() for t in (x, weight, bias))
+    learned = (x_in, weight_in, bias_in)
+    normed = _batch_norm(x_in, weight_in, bias_in, mean, variance)
+    geometry = ([3, 3], [2, 2], [1, 1], [1, 1], False)
+    small = x[:, :, : side // 2, : side // 2].contiguous(memory_format=torch.channels_last)
+    one = x.nbytes
+    other = torch.float32 if kind == torch.bfloat16 else torch.bfloat16
+    moments = [torch.zeros_like(x) for _ in range(2)]
+    passes: dict[str, tuple[Callable[[], Any], float]] = {
+        "elementwise": (lambda: x + y, 3 * one),
+        "in_place": (lambda: torch.relu_(x), 2 * one),
+        "rectify_backward": (lambda: _aten.threshold_backward(y, x, 0), 3 * one),
+        "norm": (lambda: _batch_norm(x, weight, bias, mean, variance), 2 * one),
+        "norm_backward": (
+            lambda: torch.autograd.grad(normed, learned, y, retain_graph=True),
+            3 * one,
+        ),
+        "pool": (
+            lambda: _aten.max_pool2d_with_indices(x, *geometry),
+            one + one / 4 + 8 * x.numel() / 4,
+        ),
+        "upsample": (lambda: _aten.upsample_nearest2d(small, [side, side]), one + small.nbytes),
+        "cast": (lambda: x.to(other), one + x.numel() * other.itemsize),
+    }
+    if kind == torch.float32:
+        passes["update"] = (lambda: _adamw(x, y, moments), 7 * one)
+    for name, (run, moved) in passes.items():
+        yield PassSample(name, dtype, int(moved), median_s(run, device))
+
+
+def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Normalise as a network in training does, with the library's kernel that torch chooses."""
+    return functional.batch_norm(x, mean, variance, weight, bias, training=True)
+
+
+def _adamw(parameter: Tensor, gradient: Tensor, moments: list[Tensor]) -> None:
+    step = torch.ones((), device=parameter.device)
+    torch._fused_adamw_(
+        [parameter],
+        [gradient],
+        [moments[0]],
+        [moments[1]],
+        [],
+        [step],
+        lr=1e-3,
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=0.0,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def median_s(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the median seconds of a few runs of `run`, after one that is left out."""
+    first_s = _seconds(run, device)
+    if first_s > _LONG_S:
+        return _seconds(run, device)
+    return statistics.median(_seconds(run, device) for _ in range(_N_TIMES))
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of a run; on a GPU of one of several in a row, launched ahead of it."""
+    if device.type == "cpu":
+        start_s = time.perf_counter()
+        run()
+        return time.perf_counter() - start_s
+    torch.cuda.synchronize()
+    start_s = time.perf_counter()
+    for _ in range(_N_IN_A_ROW):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start_s) / _N_IN_A_ROW
+
+
+def matrix_rate(dtype: str, device: torch.device, *, is_native: bool) -> float:
+    """Return the flops/s of a dense product; a small one where `dtype` is imitated."""
+    side = 8192 if device.type == "cuda" else 1536 if is_native else 192
+    a = torch.randn(side, side, device=device).to(TORCH_DTYPES[dtype])
+    return float(2 * side**3 / median_s(lambda: a @ a, device))
+
+
+def launch_s(device: torch.device) -> float:
+    """Return what an operation costs beside its work, in a network whose maps are of no size.
+
+    Python, the dispatcher, autograd, and where there is no GPU the library's own set-up and the
+    start of its threads.
+    """
+    blocks = []
+    for _ in range(_N_BLOCKS):
+        convolution = nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1, bias=False)
+        blocks += [convolution, nn.BatchNorm2d(_CHANNELS), nn.ReLU(inplace=True)]
+    model = nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
+    x = torch.ones(1, _CHANNELS, _SMALL_PX, _SMALL_PX, device=device)
+    x = x.to(memory_format=torch.channels_last)
+
+    def run() -> None:
+        torch.autograd.backward(model(x).sum())
+
+    n_operations = 2 * len(blocks)
+    return median_s(run, device) / n_operations
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Sizes, the speed of a copy (bytes read and written), and what fresh memory costs on top."""
+
+    device_bytes: int
+    host_bytes: int
+    bytes_per_s: float
+    first_touch_s_per_byte: float
+
+
+def measure_memory(device: torch.device) -> Memory:
+    """Return what there is of memory, and how fast it is."""
+    x = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    bytes_per_s = 2 * _PROBE_BYTES / median_s(lambda: y.copy_(x), device)
+    host_bytes = psutil.virtual_memory().total
+    if device.type == "cuda":
+        return Memory(torch.cuda.mem_get_info()[1], host_bytes, bytes_per_s, 0.0)
+    filled_s = median_s(lambda: y.fill_(1), device)
+    fresh_s = min(_fresh_fill_s() for _ in range(_N_FRESH))
+    touch_s = max(0.0, fresh_s - filled_s) / _PROBE_BYTES
+    return Memory(host_bytes, host_bytes, bytes_per_s, touch_s)
+
+
+def _fresh_fill_s() -> float:
+    """Return the seconds of filling fresh memory.
+
+    The least of a few counts: in a virtual machine pages that no one ever had are far slower than
+    those that this process gave back, which are what a step gets.
+    """
+    fresh = torch.empty(_PROBE_BYTES + 2**30, dtype=torch.uint8)[:_PROBE_BYTES]
+    start_s = time.perf_counter()
+    fresh.fill_(1)
+    return time.perf_counter() - start_s
+
+
+def link_of_gpu(device: torch.device) -> tuple[float, float]:
+    """Return bytes/s from a GPU to pinned memory, and back."""
+    pinned = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    x = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=device)
+    out_s = median_s(lambda: pinned.copy_(x, non_blocking=True), device)
+    in_s = median_s(lambda: x.copy_(pinned, non_blocking=True), device)
+    return _PROBE_BYTES / out_s, _PROBE_BYTES / in_s
+
+
+def spill_disk(folder: Path | None) -> tuple[float, float]:
+    """Return bytes/s of putting out to the spill file and getting back, as a strategy does it."""
+    fresh = torch.ones(_PROBE_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8)
+    start = -fresh.data_ptr() % ALIGNMENT_BYTES
+    data = fresh[start : start + _PROBE_BYTES]
+    with tempfile.TemporaryFile(dir=folder or tempfile.gettempdir(), buffering=0) as file:
+        os.posix_fallocate(file.fileno(), 0, _PROBE_BYTES)
+        spill = PositionedFile(file.fileno(), is_direct=True)
+        try:
+            here = torch.device("cpu")
+            out_s = median_s(lambda: spill.write(0, data), here)
+            in_s = median_s(lambda: spill.read(0, data), here)
+        finally:
+            spill.close()
+    return _PROBE_BYTES / out_s, _PROBE_BYTES / in_s
+
+
+def time_composition(
+    dtype: str, side_px: int, n_blocks: int, profile: Profile
+) -> CompositionSample:
+    """Time a step of a few blocks as a whole, against the sum of its operations one by one.
+
+    Alone and over and over an operation finds its operands in the cache, and their addresses in the
+    processor's tables; in a network it finds what other operations left.
+    """
+    from torchvision.models.resnet import Bottleneck
+
+    device = torch.device(profile.kind)
+    width = _BOTTLENECK_CHANNELS // Bottleneck.expansion
+    blocks = [Bottleneck(_BOTTLENECK_CHANNELS, width) for _ in range(n_blocks)]
+    model = nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
+    x = torch.randn(1, _BOTTLENECK_CHANNELS, side_px, side_px, device=device)
+    x = x.to(TORCH_DTYPES[dtype], memory_format=torch.channels_last)
+    trace = trace_step(model, x, precision=dtype)
+    operations = [each for each in trace.operations if each.phase != "optimizer"]
+    alone_s = sum(operation_seconds(each, profile) for each in operations)
+    n_bytes = sum(each.read_bytes + each.written_bytes for each in operations)
+
+    def run() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            output = model(x)
+        torch.autograd.backward(mean_square(output))
+        model.zero_grad(set_to_none=True)
+
+    together_s = statistics.median(_seconds(run, device) for _ in range(_N_TIMES + 1))
+    return CompositionSample(dtype, n_bytes // len(operations), together_s / alone_s)
