@@ -8,10 +8,14 @@ import command_server
 import pytest
 from hypothesis import settings
 
+from umtrain.memory.allocator import recycle_large_buffers
+
 # A slow machine is no failure: no example has a deadline. Examples are the same in every run, so
 # that what fails, fails everywhere.
 settings.register_profile("umtrain", deadline=None, derandomize=True)
 settings.load_profile("umtrain")
+# As in training: half of a worker's time would be page faults of fresh buffers.
+recycle_large_buffers()
 
 
 @pytest.fixture(scope="session")
