@@ -18,6 +18,7 @@ Prints tables; the last line of output is one JSON document. --out writes it, wi
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -208,9 +209,9 @@ def machine(device: str) -> dict[str, object]:
     from umtrain.device import device_name
 
     title = device_name(torch.device(device))
-    n_threads = torch.get_num_threads()
+    n_cores = len(os.sched_getaffinity(0))
     return {
-        "machine": f"{title}, {n_threads} cores" if device == "cpu" else title,
+        "machine": f"{title}, {n_cores} cores" if device == "cpu" else title,
         "torch": torch.__version__,
     }
 

@@ -2,9 +2,8 @@
 
 import dataclasses
 import shlex
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -17,7 +16,7 @@ from umtrain import memory, tasks, two_stage
 from umtrain.cases import grad_cam_maps, grad_cams, remove_cases, write_cases
 from umtrain.checkpoint import BEST, FOLDER, load_checkpoint, step_of, step_paths
 from umtrain.clock import RunClock
-from umtrain.config import RunConfig, run_identity
+from umtrain.config import RunConfig
 from umtrain.console import Console, format_duration
 from umtrain.data.demo import demo_manifest, demo_spec
 from umtrain.data.labels import LabelledManifest, positive_class
@@ -28,7 +27,7 @@ from umtrain.device import (
     resolve_device,
     resolve_precision,
 )
-from umtrain.errors import ConfigError, DataError, Interrupted, OutOfMemoryError, RunError
+from umtrain.errors import ConfigError, DataError, Interrupted, RunError
 from umtrain.lock import run_lock
 from umtrain.logger import RunLogger, check_logger, create_logger
 from umtrain.memory.allocator import recycle_large_buffers
@@ -36,14 +35,13 @@ from umtrain.memory.base import Strategy
 from umtrain.memory.grouping import group_rows, make_groups
 from umtrain.memory.working_set import measure_working_sets
 from umtrain.optimization import N_STATES
-from umtrain.parallel.ranks import world_facts
 from umtrain.parallel.scratch import run_dir_of_rank
 from umtrain.parallel.world import alone, world
 from umtrain.planning.host import Readers, check_run
 from umtrain.planning.subject import Subject
 from umtrain.randomness import seed_all
 from umtrain.report import html
-from umtrain.report.record import UNDER_WAY, Record, environment, read_record, write_record
+from umtrain.report.record import Record, read_record, write_record
 from umtrain.report.tables import group_table, run_table
 from umtrain.resume import Start, plan_start
 from umtrain.run_dir import (
@@ -55,12 +53,12 @@ from umtrain.run_dir import (
     write_config,
     write_predictions,
 )
+from umtrain.run_record import keep_earlier, new_record, note_training, outcome
 from umtrain.signals import StopRequest
 from umtrain.tasks import AnyManifest, Row, Task
 from umtrain.training import Trainer, autocast, inference, input_dtype, ranks_of
 
 _N_SHOWN = 20
-_OF_TRAINING = ("throughput", "memory_use", "train")
 
 
 def fit(config: RunConfig, console: Console) -> Path:
@@ -113,13 +111,13 @@ def _fit_in(
             _publish(run_dir, read_record(run_dir), console)
         return
     write_config(run_dir, config)
-    record = _new_record("fit", task, device)
+    record = new_record("fit", task, device)
     if start.checkpoint:
-        _keep_earlier(record, run_dir, clock)
+        keep_earlier(record, run_dir, clock)
     logger = create_logger(config.logger if is_main else "none", run_dir, 1 + start.step)
     session = _Session(run_dir, device, console, logger, clock, stop, start)
     try:
-        with _outcome(record, run_dir, clock):
+        with outcome(record, run_dir, clock):
             _describe(task, device, run_dir, console)
             with naming_device_failures():
                 _train(two_stage.network_task(task), session, record)
@@ -277,105 +275,6 @@ def _read_manifest(config: RunConfig) -> AnyManifest:
     return read_manifest(Path(str(dataset.manifest)), cast(Kind, dataset.name), root)
 
 
-def _new_record(command: str, task: Task, device: torch.device) -> Record:
-    config, manifest = task.config, task.manifest
-    return {
-        "status": "interrupted",
-        "command": command,
-        "started_at_s": time.time(),
-        **run_identity(config),
-        "parallel": world_facts(config),
-        "annotation": two_stage.annotation(config, manifest),
-        "throughput": None,
-        "memory_use": None,
-        "train": None,
-        "val": None,
-        "test": None,
-        "environment": environment(device_name(device)),
-        "data": {
-            "manifest": config.dataset.manifest,
-            "manifest_sha256": manifest.sha256,
-            **{f"n_{split}": len(manifest.split(split)) for split in get_args(Split)},
-            "n_patients": {split: _n_patients(manifest, split) for split in get_args(Split)},
-            **_scale(manifest),
-            **task.data_facts,
-            "skipped": task.skipped.entries,
-        },
-        "reasons": {},
-    }
-
-
-def _n_patients(manifest: AnyManifest, split: Split) -> int:
-    return len({image.patient_id for image in manifest.split(split)})
-
-
-def _scale(manifest: AnyManifest) -> Record:
-    """Return the range of sizes of a pixel that the manifest states, µm or mm, and how many not."""
-    if manifest.kind == "ct":
-        return {}  # each file states its own
-    key = "mpp" if manifest.kind == "wsi" else "mm_per_px"
-    values = [getattr(record, key) for record in manifest.records]
-    stated = [value for value in values if value is not None]
-    limits = {"min": min(stated, default=None), "max": max(stated, default=None)}
-    return {key: {**limits, "n_unstated": len(values) - len(stated)}}
-
-
-def _keep_earlier(record: Record, run_dir: Path, clock: RunClock) -> None:
-    """Keep what earlier sessions noted of the training, until this one has their state."""
-    with suppress(RunError):
-        earlier = read_record(run_dir)
-        clock.go_on(earlier["started_at_s"], earlier.get("elapsed_s") or 0.0)
-        record |= {section: earlier[section] for section in _OF_TRAINING}
-        reasons = earlier["reasons"].items()
-        record["reasons"] |= {key: why for key, why in reasons if _is_of_training(key)}
-
-
-@contextmanager
-def _outcome(record: Record, run_dir: Path, clock: RunClock) -> Iterator[None]:
-    """Write the record as that of a run under way, then, in every case, how the block ended."""
-    status, reason = "failed", None
-    try:
-        _set_status(record, "interrupted", UNDER_WAY, clock)
-        write_record(run_dir, record)
-        yield
-        status = "ok"
-    except OutOfMemoryError as error:
-        status, reason = "oom", str(error)
-        raise
-    except KeyboardInterrupt as error:
-        status, reason = "interrupted", str(error) or "interrupted by the user"
-        raise
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        _set_status(record, status, reason, clock)
-        _write_last_record(run_dir, record, is_well=reason is None)
-
-
-def _set_status(record: Record, status: str, reason: str | None, clock: RunClock) -> None:
-    """Set how the run stands, and with `reason` why it lacks the sections that it lacks."""
-    record["status"] = status
-    record["started_at_s"], record["elapsed_s"] = clock.started_at_s, clock.elapsed_s
-    reasons = {key: why for key, why in record["reasons"].items() if why != UNDER_WAY}
-    if reason is not None:
-        reasons["status"] = reason
-        lacks = reason if reason == UNDER_WAY else f"the run ended before it: {reason}"
-        for section in (*_OF_TRAINING, "val", "test"):
-            if record[section] is None:
-                reasons.setdefault(section, lacks)
-    record["reasons"] = reasons
-
-
-def _write_last_record(run_dir: Path, record: Record, *, is_well: bool) -> None:
-    try:
-        write_record(run_dir, record)
-    except OSError:
-        # What ended the run, such as a full disk, has to be seen, not that its record failed too.
-        if is_well:
-            raise
-
-
 def _describe(task: Task, device: torch.device, run_dir: Path, console: Console) -> None:
     config, manifest = task.config, task.manifest
     counts = ", ".join(f"{len(manifest.split(s))} {s}" for s in get_args(Split))
@@ -417,7 +316,7 @@ def _train(task: Task, session: _Session, record: Record) -> None:
             )
             if start.checkpoint:
                 trainer.restore(start.checkpoint)
-                _note_training(task, trainer, record)
+                note_training(task, trainer, record)
         try:
             with strategy.guard():
                 trainer.fit()
@@ -425,7 +324,7 @@ def _train(task: Task, session: _Session, record: Record) -> None:
             record["parallel"]["rss_peak_bytes"] = peaks
         finally:
             trainer.ranks.close()
-            _note_training(task, trainer, record)
+            note_training(task, trainer, record)
     finally:
         strategy.close()
 
@@ -435,26 +334,6 @@ def _with_strategy(config: RunConfig, before: str | None) -> RunConfig:
     if config.memory.name != "auto" or before is None:
         return config
     return dataclasses.replace(config, memory=dataclasses.replace(config.memory, name=before))
-
-
-def _note_training(task: Task, trainer: Trainer, record: Record) -> None:
-    """Set the record's sections on training, memory and throughput."""
-    progress = trainer.progress
-    reasons = record["reasons"].items()
-    record["reasons"] = {key: why for key, why in reasons if not _is_of_training(key)}
-    record["train"] = progress.train_figures()
-    unit = "patches" if task.config.approach == two_stage.NAME else "images"
-    record["throughput"] = {**progress.throughput(), "unit": unit}
-    if record["throughput"]["step_s"]["n"] == 0:
-        why = f"{len(progress.steps)} steps, all of them warm-up"
-        record["reasons"]["throughput.images_per_s.mean"] = why
-    record["memory_use"] = trainer.memory_use()
-    lacks = record["memory_use"].pop("reasons")
-    record["reasons"].update({f"memory_use.{key}": why for key, why in lacks.items()})
-
-
-def _is_of_training(key: str) -> bool:
-    return key.partition(".")[0] in _OF_TRAINING
 
 
 def _readers_of(task: Task) -> Readers:

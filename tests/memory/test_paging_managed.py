@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from umtrain.memory.layout import Layout
-from umtrain.memory.meters import CpuMeter
+from umtrain.memory.meters import CpuMeter, CudaMeter
 from umtrain.memory.paging_managed import MANAGED_BLOCK_BYTES as UNIT
 from umtrain.memory.paging_managed import ManagedPager, inner_ranges, outer_ranges
 from umtrain.memory.trace import Trace
@@ -184,3 +184,12 @@ def test_groups_leave_in_forward_and_return_in_reverse(evictions, driver):
     assert outward
     assert inward
     assert strategy.stats().swapped_in_bytes == strategy.stats().swapped_out_bytes
+
+
+def test_what_tensors_asked_for_counts_where_memory_is_managed(monkeypatch):
+    figures = {"allocated_bytes.all.peak": 20 * 2**20, "requested_bytes.all.peak": 3 * 2**20}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: figures)
+    meter = CudaMeter()
+    assert meter._device_peak_bytes() == 20 * 2**20
+    meter.count_managed_memory()
+    assert meter._device_peak_bytes() == 3 * 2**20

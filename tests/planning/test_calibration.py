@@ -9,7 +9,7 @@ import torch
 
 from umtrain.errors import ConfigError
 from umtrain.memory import allocator
-from umtrain.planning import calibration
+from umtrain.planning import calibration, timing
 from umtrain.planning.calibration import (
     calibrated,
     local_profile,
@@ -97,6 +97,8 @@ def test_a_step_that_was_timed_can_be_predicted(profile):
 
 def test_a_slow_machine_times_some_convolutions_and_interpolates(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "_CONVOLUTIONS_S", {True: 0.0, False: 0.0})
+    monkeypatch.setattr(calibration, "PASS_BYTES", (2**20,))
+    monkeypatch.setattr(calibration, "COMPOSED", {"cpu": ()})
     told = []
     slow = calibrated(
         CPU,
@@ -210,5 +212,33 @@ def test_freed_buffers_are_used_again_while_it_measures_and_not_after(tmp_path, 
 def test_what_operations_cost_in_a_network_is_measured_on_small_maps_and_large(profile):
     sizes = [s.n_bytes for s in profile.composition_samples if s.dtype == "fp32"]
     assert sizes == sorted(sizes)
-    assert len(sizes) == len(COMPOSED)
-    assert all(0.2 < s.ratio < 20 for s in profile.composition_samples)
+    assert len(sizes) == len(COMPOSED["cpu"])
+
+
+def test_the_blocks_that_were_timed_are_predicted_to_take_as_long_as_they_did(profile, monkeypatch):
+    step_s = 7.0
+    monkeypatch.setattr(timing, "_seconds", lambda run, device: step_s)
+    sample = timing.time_composition("fp32", 16, 2, profile)
+    known = dataclasses.replace(profile, composition_samples=(sample,))
+    traced = []
+    trace_step_once = timing.trace_step
+    monkeypatch.setattr(
+        timing, "trace_step", lambda *a, **k: traced.append(trace_step_once(*a, **k)) or traced[0]
+    )
+    timing.time_composition("fp32", 16, 2, profile)
+    operations = [each for each in traced[0].operations if each.phase != "optimizer"]
+    predicted_s = sum(operation_seconds(each, known) for each in operations)
+    assert predicted_s == pytest.approx(step_s, rel=1e-6)
+
+
+def test_a_convolution_that_does_not_fit_is_left_out(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(calibration, "time_convolution", refuse)
+    monkeypatch.setattr(calibration, "PASS_BYTES", (2**20,))
+    monkeypatch.setattr(calibration, "COMPOSED", {"cpu": ()})
+    found = calibrated(
+        CPU, tmp_path, lambda: [a_step()], spill_dir=None, again=False, progress=lambda *_: None
+    )
+    assert found.convolution_samples == ()

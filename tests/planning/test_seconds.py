@@ -132,3 +132,13 @@ def test_in_a_network_an_operation_takes_the_times_longer_that_were_measured(n_b
     operation = a_pass("add", n_bytes)
     kernel_s, alone_s = (operation_seconds(operation, p) - p.launch_s for p in (profile, alone))
     assert min(small, large) * 0.999 <= kernel_s / alone_s <= max(small, large) * 1.001
+
+
+@pytest.mark.parametrize(("dtype", "phase"), [("fp32", "forward"), ("bf16", "optimizer")])
+def test_what_was_not_timed_in_a_network_takes_as_long_as_alone(dtype, phase):
+    alone = load_profile("generic_cpu")
+    composed = dataclasses.replace(
+        alone, composition_samples=(CompositionSample("bf16", 2**20, 3.0),)
+    )
+    operation = dataclasses.replace(a_pass("add", 2**24, dtype), phase=phase)
+    assert operation_seconds(operation, composed) == operation_seconds(operation, alone)

@@ -116,3 +116,23 @@ def test_a_step_whose_heap_stays_small_gives_nothing_back(subject):
     slower = dataclasses.replace(cpu, first_touch_s_per_byte=1.0)
     fast, slow = (predict(small, "checkpoint", p, Options()) for p in (cpu, slower))
     assert slow.step_s == fast.step_s
+
+
+@pytest.mark.parametrize("strategy", ["um", "um_group", "um_group_prefetch"])
+def test_pages_on_a_gpu_stay_within_the_budget(subject, strategy):
+    options = Options(device="cuda", device_budget_bytes=GIB // 4)
+    prediction = predict(subject, strategy, GPU, options)
+    assert prediction.device_peak_bytes <= GIB // 4
+
+
+@pytest.mark.parametrize("strategy", ["lms", "vdnn"])
+def test_transfers_of_small_maps_cost_what_launching_them_takes(subject, strategy):
+    small = Subject(subject.model, torch.empty(1, 3, 512, 512, device="meta"), "fp32")
+    fast = dataclasses.replace(GPU, launch_s=1e-9)
+    slow = dataclasses.replace(GPU, launch_s=1e-3)
+    options = Options(device="cuda")
+    there, vanilla = (predict(small, name, slow, options) for name in (strategy, "vanilla"))
+    # Six maps of 8 MiB go out and come back, each for as much as a few kernels.
+    assert 1e-3 < (there.step_s - vanilla.step_s) < 100e-3
+    here, plain = (predict(small, name, fast, options) for name in (strategy, "vanilla"))
+    assert here.compute_s == plain.compute_s

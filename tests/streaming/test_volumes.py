@@ -102,11 +102,15 @@ def test_a_recorded_step_takes_the_gradients_of_pooled_volumes_as_autograd_gives
     volumes = torch.randn(2, 1, 17, 33, 40)
     recorded = []
     take = running.RecordedStep.backward
-    monkeypatch.setattr(
-        running.RecordedStep,
-        "backward",
-        lambda step, given: recorded.append(len(given)) or take(step, given),
-    )
+
+    def backward(step, given):
+        found = take(step, given)
+        recorded.append(len(given))
+        for kept, new in zip(step._recording.given, given, strict=True):
+            assert torch.equal(kept, new)
+        return found
+
+    monkeypatch.setattr(running.RecordedStep, "backward", backward)
     for _ in range(3):
         streamer(volumes).sum().backward()
     assert recorded == [2, 2]  # what averages and what maxima are given, from the second step on

@@ -43,6 +43,7 @@ class Meter(ABC):
     def __init__(self) -> None:
         self.counters = Counters()
         self.notes: dict[str, str] = {}
+        self._is_managed = False
         self._steps = 0
         self._stats = MemoryStats.before_any_step()
 
@@ -52,6 +53,13 @@ class Meter(ABC):
 
     @abstractmethod
     def _start(self) -> None: ...
+
+    def count_managed_memory(self) -> None:
+        """Count, from now on, what tensors asked for, not the segments that they are given.
+
+        In a managed pool those are of 2 or 20 MiB, and pages that no one touches are nowhere.
+        """
+        self._is_managed = True
 
     @abstractmethod
     def _device_peak_bytes(self) -> int | None: ...
@@ -131,12 +139,7 @@ class CpuMeter(Meter):
 
 
 class CudaMeter(Meter):
-    """Device memory is what torch's allocator holds on the GPU.
-
-    `peak_statistic` is its own counter of that: what it has handed out, rounded up.
-    """
-
-    peak_statistic = "allocated_bytes.all.peak"
+    """Device memory is what torch's allocator has handed out on the GPU, rounded up as it does."""
 
     def mark_base(self, model: nn.Module) -> None:
         """See `Meter`; torch's allocator starts from zero, so there is nothing to subtract."""
@@ -145,7 +148,8 @@ class CudaMeter(Meter):
         torch.cuda.reset_peak_memory_stats()
 
     def _device_peak_bytes(self) -> int | None:
-        return int(torch.cuda.memory_stats()[self.peak_statistic])
+        counted = "requested_bytes" if self._is_managed else "allocated_bytes"
+        return int(torch.cuda.memory_stats()[f"{counted}.all.peak"])
 
     def _major_faults(self) -> int | None:
         return None

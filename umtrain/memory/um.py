@@ -9,7 +9,7 @@ from torch import nn
 from umtrain.errors import DeviceError
 from umtrain.memory.budget import DeviceBudget, NoBudget
 from umtrain.memory.hooked import HookedStrategy
-from umtrain.memory.meters import CudaMeter, Meter
+from umtrain.memory.meters import Meter
 from umtrain.memory.options import Options
 from umtrain.memory.paging import Pager
 from umtrain.memory.paging_managed import MANAGED_BLOCK_BYTES, ManagedPager
@@ -84,8 +84,6 @@ def create_managed_pager(
     if budget_bytes is not None:
         # Parameters, their gradients and the largest group's working set stay on the device.
         room_bytes = max(0, budget_bytes - 2 * measured.parameter_bytes)
-    if isinstance(meter, CudaMeter):
-        # Each tensor is a segment of 2 or 20 MiB, of which pages that no one touches are nowhere.
-        meter.peak_statistic = "requested_bytes.all.peak"
+    meter.count_managed_memory()
     meter.notes["device_peak_bytes"] = "managed memory counts wherever its pages are"
     return ManagedPager(TorchCudaDriver(), "cuda", room_bytes, meter, trace, pool.serving)

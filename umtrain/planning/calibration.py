@@ -15,6 +15,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -161,6 +162,8 @@ def calibrate(
     finally:
         set_freed_buffers(before)
         trim_heap()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what is free is what plans are judged by
 
 
 def _calibrate(
@@ -174,7 +177,8 @@ def _calibrate(
     Random(0).shuffle(shapes)
     passes = [(d, n) for d in TORCH_DTYPES for n in PASS_BYTES]
     native_bf16 = device.type == "cuda" or cpu_has_bf16()
-    composed = [(d, *c) for d in TORCH_DTYPES if native_bf16 or d != "bf16" for c in COMPOSED]
+    dtypes = [dtype for dtype in TORCH_DTYPES if native_bf16 or dtype != "bf16"]
+    composed = [(dtype, *blocks) for dtype in dtypes for blocks in COMPOSED[device.type]]
     n_all = len(TORCH_DTYPES) * len(shapes) + len(passes) + 2 + len(composed)
     n_done = 0
     convolutions: list[ConvolutionSample] = []
@@ -183,7 +187,8 @@ def _calibrate(
         end_s = time.monotonic() + _CONVOLUTIONS_S[native_bf16 or dtype != "bf16"]
         for shape, has_source_gradient in shapes:
             progress(n_done, n_all, f"convolution {dtype}")
-            convolutions += time_convolution(dtype, shape, has_source_gradient, device)
+            with suppress(torch.OutOfMemoryError):  # others are timed, and it is between them
+                convolutions += time_convolution(dtype, shape, has_source_gradient, device)
             n_done += 1
             if time.monotonic() > end_s:
                 break
@@ -219,13 +224,13 @@ def _calibrate(
         convolution_samples=tuple(convolutions),
         pass_samples=tuple(pass_samples),
     )
-    samples: list[CompositionSample] = []
+    samples: list[CompositionSample | None] = []
     for dtype, side_px, n_blocks in composed:
         progress(n_done, n_all, f"blocks {dtype}")
         samples.append(time_composition(dtype, side_px, n_blocks, profile))
         n_done += 1
     progress(n_all, n_all, "")
-    return dataclasses.replace(profile, composition_samples=tuple(samples))
+    return dataclasses.replace(profile, composition_samples=tuple(filter(None, samples)))
 
 
 def migration_of(kind: str, device_title: str, device_bytes: int) -> Migration:

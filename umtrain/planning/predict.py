@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.memory.options import Options
 from umtrain.planning.profile import Profile
-from umtrain.planning.residence import device_peak_bytes, faulted_bytes, least_bytes
+from umtrain.planning.residence import least_bytes, residence_of
 from umtrain.planning.strategies import PLANNERS, STREAM, Setting
 from umtrain.planning.streamed import least_stream_bytes, plan_stream
 from umtrain.planning.subject import Subject
@@ -72,14 +72,11 @@ def estimate(subject: Subject, strategy: str, profile: Profile, options: Options
 
 def _judged(setting: Setting, strategy: str, usage: Usage) -> Prediction:
     subject, profile = setting.subject, setting.profile
-    peak_bytes = device_peak_bytes(usage, profile, is_budgeted=setting.is_budgeted)
+    residence = residence_of(usage, profile, is_budgeted=setting.is_budgeted)
+    peak_bytes = residence.peak_bytes
     least = least_bytes(usage, profile)
     compute_s = sum(subject.seconds(usage.trace, profile)) + usage.extra_s
-    fresh_bytes = faulted_bytes(usage, profile)
-    if profile.kind == "cpu" and setting.is_budgeted:
-        # Freed buffers go back to the kernel: each is touched for the first time every time.
-        fresh_bytes = sum(stay.n_bytes for stay in usage.stays)
-    compute_s += fresh_bytes * profile.first_touch_s_per_byte
+    compute_s += residence.fresh_bytes * profile.first_touch_s_per_byte
     why = _why(setting, peak_bytes, usage.host_peak_bytes)
     return Prediction(
         strategy,

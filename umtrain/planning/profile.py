@@ -69,7 +69,7 @@ class PassSample:
 
 @dataclass(frozen=True)
 class CompositionSample:
-    """How many times as long operations of `n_bytes` each take in a network as one by one."""
+    """How many times as long kernels with `n_bytes` of traffic take in a network as alone."""
 
     dtype: str
     n_bytes: int
@@ -85,8 +85,9 @@ class Profile:
     without a GPU, whose `device_bytes` is its RAM. `matrix_flops_per_s` is by dtype; `efficiency`
     is a convolution's share of it by kind (`CONVOLUTIONS`), `backward_efficiency` the share of
     the forward speed that backward has; `pass_efficiency` (`PASSES`) is of
-    `memory_bytes_per_s`. Samples, where a machine was calibrated, stand before all of these.
-    `device_names` are parts of the names that such a device gives itself.
+    `memory_bytes_per_s`. Samples of convolutions and passes, where a machine was calibrated, stand
+    before all of these; those of composition multiply what these give. `device_names` are parts of
+    the names that such a device gives itself.
     """
 
     name: str

@@ -6,7 +6,7 @@ On a GPU it is what torch's allocator has handed out.
 """
 
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from umtrain.memory.allocator import FreedBuffers, allowed_hole_bytes
@@ -27,42 +27,54 @@ _SEEDS = (0, 1, 2)
 # The share of all buffers of a step whose pages were given back before: page faults of checkpoint,
 # vdnn and lms on ResUNet35 at 512 and 1024 and ResNet-50 at 512 pixels were 0.32 to 0.61 of them.
 _SHARE_FAULTED = 0.45
+_FAULTED_PER_EXCESS = 10.0
 _CUDA_GRANULE_BYTES = 512
 _PAGE_BYTES = 4096
 
 
-def device_peak_bytes(usage: Usage, profile: Profile, *, is_budgeted: bool) -> int:
-    """Return the peak that a record would show as memory_use.device_peak_bytes.
+@dataclass(frozen=True)
+class Residence:
+    """What a record would show as memory_use.device_peak_bytes, and what a step touches anew."""
+
+    peak_bytes: int
+    fresh_bytes: int
+
+
+def residence_of(usage: Usage, profile: Profile, *, is_budgeted: bool) -> Residence:
+    """Return what is in device memory at most, and how much of it comes as fresh pages.
 
     Of managed memory, which a record counts wherever it is, only what is on the device: all of it
     where there is room.
     """
     pages = page_bytes(usage)
+    live = live_bytes(usage, profile)
     if is_budgeted or profile.kind == "cuda":
-        pairs = zip(live_bytes(usage, profile), pages, strict=True)
-        peak_bytes = max((live + paged for live, paged in pairs), default=0)
-        return resident_bytes(usage.trace, profile.kind) + peak_bytes + PROCESS_BYTES[profile.kind]
+        held_bytes = max((a + b for a, b in zip(live, pages, strict=True)), default=0)
+        held_bytes += resident_bytes(usage.trace, profile.kind) + PROCESS_BYTES[profile.kind]
+        # With a budget freed buffers go back to the kernel: each is touched anew every time.
+        is_fresh = profile.kind == "cpu"
+        return Residence(held_bytes, sum(s.n_bytes for s in usage.stays) if is_fresh else 0)
     heap_bytes = int(statistics.mean(_recycled_bytes(usage, seed) for seed in _SEEDS))
+    fresh_bytes = 0
     if usage.limited_holes_of is not None:
-        alive_bytes = max(live_bytes(usage, profile), default=0)
+        alive_bytes = max(live, default=0)
         most_bytes = alive_bytes + allowed_hole_bytes(alive_bytes, usage.limited_holes_of)
-        heap_bytes = min(heap_bytes, resident_bytes(usage.trace, profile.kind) + most_bytes)
+        most_bytes += resident_bytes(usage.trace, profile.kind)
+        fresh_bytes = _faulted_bytes(usage, heap_bytes - most_bytes)
+        heap_bytes = min(heap_bytes, most_bytes)
     with_pages_bytes = heap_bytes + max(pages, default=0)
     resident = min(with_pages_bytes, max(heap_bytes, profile.device_bytes))
-    return resident + _PROCESS_BESIDE_HEAP_BYTES
+    return Residence(resident + _PROCESS_BESIDE_HEAP_BYTES, fresh_bytes)
 
 
-def faulted_bytes(usage: Usage, profile: Profile) -> int:
-    """Return what a step without a GPU touches anew, as its strategy gave the heap's holes back."""
-    if usage.limited_holes_of is None or profile.kind != "cpu":
-        return 0
-    alive_bytes = max(live_bytes(usage, profile), default=0)
-    allowed_bytes = alive_bytes + allowed_hole_bytes(alive_bytes, usage.limited_holes_of)
-    resident = resident_bytes(usage.trace, profile.kind)
-    if _recycled_bytes(usage, _SEEDS[0]) <= resident + allowed_bytes:
-        return 0  # the heap never grows so far that holes are given back
-    taken = chain.from_iterable(events(usage, profile.kind, _LEAST_BYTES))
-    return int(_SHARE_FAULTED * sum(event.n_bytes for event in taken))
+def _faulted_bytes(usage: Usage, excess_bytes: int) -> int:
+    """Return what is touched anew where holes are given back: the heap would be larger by excess.
+
+    See `umtrain.memory.allocator.HeapHoles`.
+    """
+    taken = chain.from_iterable(events(usage, "cpu", _LEAST_BYTES))
+    taken_bytes = sum(event.n_bytes for event in taken)
+    return int(min(_SHARE_FAULTED * taken_bytes, _FAULTED_PER_EXCESS * max(0, excess_bytes)))
 
 
 def least_bytes(usage: Usage, profile: Profile) -> int:

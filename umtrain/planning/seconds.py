@@ -3,6 +3,7 @@
 An operation takes as long as its arithmetic or its traffic, whichever is more, and its launch. The
 rate of arithmetic depends on the kind of convolution, its channels and its size: between the
 samples of a calibrated machine it is interpolated, elsewhere it is a share of the data sheet's.
+Where it was measured, the kernel's part is multiplied by how much longer it takes in a network.
 """
 
 import math
@@ -47,14 +48,14 @@ def operation_seconds(operation: Operation, profile: Profile) -> float:
     A GPU computes while the next kernel is launched: there an operation takes the longer of both.
     Its memory has been touched before: fresh pages cost `first_touch_s_per_byte` on top.
     """
-    n_bytes = operation.read_bytes + operation.written_bytes
-    kernel_s = _kernel_s(operation, profile) * _composition(n_bytes, operation.dtype, profile)
+    kernel_s = kernel_seconds(operation, profile) * _composition(operation, profile)
     if profile.kind == "cuda":
         return max(profile.launch_s, kernel_s)
     return profile.launch_s + kernel_s
 
 
-def _kernel_s(operation: Operation, profile: Profile) -> float:
+def kernel_seconds(operation: Operation, profile: Profile) -> float:
+    """Return the seconds of `operation` alone, over and over, without its launch."""
     if operation.convolution is not None:
         return _convolution_s(operation, operation.convolution, profile)
     n_bytes = operation.read_bytes + operation.written_bytes
@@ -140,11 +141,16 @@ def _pass_s(kind: str, dtype: str, n_bytes: int, profile: Profile) -> float:
     return n_bytes / (profile.memory_bytes_per_s * shares.get(kind, shares["elementwise"]))
 
 
-def _composition(n_bytes: int, dtype: str, profile: Profile) -> float:
-    """Return how many times as long an operation takes in a network as alone, 1 if not known."""
-    samples = profile.composition_samples
-    chosen = [s for s in samples if s.dtype == dtype] or samples
-    return _between([(s.n_bytes, s.ratio) for s in chosen], n_bytes) if chosen else 1.0
+def _composition(operation: Operation, profile: Profile) -> float:
+    """Return how many times as long an operation takes in a network as alone, 1 if not known.
+
+    The optimizer's update finds nothing in the cache either way.
+    """
+    if operation.phase == "optimizer":
+        return 1.0
+    samples = [s for s in profile.composition_samples if s.dtype == operation.dtype]
+    n_bytes = operation.read_bytes + operation.written_bytes
+    return _between([(s.n_bytes, s.ratio) for s in samples], n_bytes) if samples else 1.0
 
 
 def _sampled_bytes_per_s(n_bytes: int, samples: Sequence[PassSample]) -> float:

@@ -25,7 +25,8 @@ from umtrain.streaming.storage import ALIGNMENT_BYTES
 _TRANSFER_S = 6e-4
 _DIRECT_IO_S_PER_BYTE = 0.03 / 2**30
 # The same with a GPU, in launches of a kernel: a hook, two events and a copy. It counts where what
-# launches is slower than the GPU (an H200: 220 transfers take ResNet-50 at 512 from 26 to 47 ms).
+# launches is slower than the GPU. From one machine (an H200: 220 transfers take ResNet-50 at 512
+# pixels from 26 to 47 ms); the H100 of the README, whose processor was slower, took more.
 _LAUNCHES_PER_TRANSFER = 2.5
 # A saved tensor is read once and written twice on its way into the mapped file.
 _PASSES_INTO_FILE = 3

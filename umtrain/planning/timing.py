@@ -1,7 +1,7 @@
 """What a calibration times: a machine's own convolutions, passes, products, memory and links.
 
-Each figure is the median of a few runs after one that is left out. On a GPU a run is one of several
-in a row, as waiting for a kernel takes longer than most kernels.
+Each figure is the median of a few runs after one that is left out, unless it says otherwise. On a
+GPU a run is one of several in a row, as waiting for a kernel takes longer than most kernels.
 """
 
 import os
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from umtrain.memory.positioned import PositionedFile
 from umtrain.planning.profile import CompositionSample, ConvolutionSample, PassSample, Profile
-from umtrain.planning.seconds import operation_seconds
+from umtrain.planning.seconds import kernel_seconds
 from umtrain.planning.step import Convolution, StepTrace
 from umtrain.planning.tracing import mean_square, trace_step
 from umtrain.streaming.storage import ALIGNMENT_BYTES
@@ -35,9 +35,9 @@ _LONG_S = 0.1  # an operation that takes longer is timed once
 _CHANNELS = 64
 _N_BLOCKS, _SMALL_PX = 20, 4
 _PROBE_BYTES = 2**28
-# Bottlenecks of ResNet-50 whose maps fit in a processor's cache, and whose maps do not: pixels a
-# side, and how many.
-COMPOSED = ((64, 6), (256, 3))
+# Bottlenecks of ResNet-50, pixels a side and how many: whose maps fit in a processor's cache, and
+# whose maps do not; on a GPU maps that take longer to compute than to launch.
+COMPOSED = {"cpu": ((64, 6), (256, 3)), "cuda": ((1024, 2),)}
 _BOTTLENECK_CHANNELS = 256
 
 
@@ -230,17 +230,15 @@ def measure_memory(device: torch.device) -> Memory:
     if device.type == "cuda":
         return Memory(torch.cuda.mem_get_info()[1], host_bytes, bytes_per_s, 0.0)
     filled_s = median_s(lambda: y.fill_(1), device)
+    # In a virtual machine pages that no one ever had are far slower than those that this process
+    # gave back, which are what a step gets: the least counts.
     fresh_s = min(_fresh_fill_s() for _ in range(_N_FRESH))
     touch_s = max(0.0, fresh_s - filled_s) / _PROBE_BYTES
     return Memory(host_bytes, host_bytes, bytes_per_s, touch_s)
 
 
 def _fresh_fill_s() -> float:
-    """Return the seconds of filling fresh memory.
-
-    The least of a few counts: in a virtual machine pages that no one ever had are far slower than
-    those that this process gave back, which are what a step gets.
-    """
+    """Return the seconds of filling fresh memory."""
     fresh = torch.empty(_PROBE_BYTES + 2**30, dtype=torch.uint8)[:_PROBE_BYTES]
     start_s = time.perf_counter()
     fresh.fill_(1)
@@ -275,11 +273,12 @@ def spill_disk(folder: Path | None) -> tuple[float, float]:
 
 def time_composition(
     dtype: str, side_px: int, n_blocks: int, profile: Profile
-) -> CompositionSample:
-    """Time a step of a few blocks as a whole, against the sum of its operations one by one.
+) -> CompositionSample | None:
+    """Time a step of a few blocks as a whole, against its kernels one by one.
 
-    Alone and over and over an operation finds its operands in the cache, and their addresses in the
-    processor's tables; in a network it finds what other operations left.
+    Alone and over and over a kernel finds its operands in the cache, and their addresses in the
+    processor's tables; in a network it finds what other kernels left. Returns None where launching
+    takes about as long as computing, or the blocks do not fit.
     """
     from torchvision.models.resnet import Bottleneck
 
@@ -287,11 +286,12 @@ def time_composition(
     width = _BOTTLENECK_CHANNELS // Bottleneck.expansion
     blocks = [Bottleneck(_BOTTLENECK_CHANNELS, width) for _ in range(n_blocks)]
     model = nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
-    x = torch.randn(1, _BOTTLENECK_CHANNELS, side_px, side_px, device=device)
+    x = torch.empty(1, _BOTTLENECK_CHANNELS, side_px, side_px, device="meta")
     x = x.to(TORCH_DTYPES[dtype], memory_format=torch.channels_last)
     trace = trace_step(model, x, precision=dtype)
     operations = [each for each in trace.operations if each.phase != "optimizer"]
-    alone_s = sum(operation_seconds(each, profile) for each in operations)
+    kernels_s = sum(kernel_seconds(each, profile) for each in operations)
+    launching_s = len(operations) * profile.launch_s
     n_bytes = sum(each.read_bytes + each.written_bytes for each in operations)
 
     def run() -> None:
@@ -300,5 +300,16 @@ def time_composition(
         torch.autograd.backward(mean_square(output))
         model.zero_grad(set_to_none=True)
 
-    together_s = statistics.median(_seconds(run, device) for _ in range(_N_TIMES + 1))
-    return CompositionSample(dtype, n_bytes // len(operations), together_s / alone_s)
+    try:
+        x = torch.randn_like(x, device=device)
+        run()
+        together_s = statistics.median(_seconds(run, device) for _ in range(_N_TIMES))
+    except torch.OutOfMemoryError:
+        return None
+    if device.type == "cpu":
+        together_s -= launching_s  # a GPU computes while the next kernel is launched
+    elif kernels_s < 2 * launching_s:
+        return None
+    if together_s <= 0:
+        return None
+    return CompositionSample(dtype, n_bytes // len(operations), together_s / kernels_s)

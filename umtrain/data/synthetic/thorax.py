@@ -1,8 +1,9 @@
 """A thorax in Hounsfield units: body wall, ribs, spine, heart, lungs and their vessels.
 
 A positive one has a solid mass in a lung. All, positive or not, have vessels, and half of them a
-thick one seen from its side: as bright and as wide as a mass, but long. So neither brightness nor
-the amount of tissue in the lungs tells the classes apart, and the mass's shape has to.
+thick one seen from its side, as bright as a mass, but thin and long. Chests differ in size by more
+than a mass does: brightness, or the amount of tissue in the whole volume, does not tell the classes
+apart.
 """
 
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def _vessels(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> None:
 
 
 def _decoy(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> None:
-    """Draw a thick vessel as bright and as wide as a small mass, but long."""
+    """Draw a thick vessel as bright as a mass, but long."""
     middle = lung.point(rng, 0.45)
     direction = rng.normal(size=3) * np.array([0.6, 0.6, 1.0])
     half = direction / np.linalg.norm(direction) * rng.uniform(20, 30)
