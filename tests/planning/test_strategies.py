@@ -12,6 +12,7 @@ from umtrain.planning.host import Readers, check_run
 from umtrain.planning.machine import free_profile
 from umtrain.planning.predict import predict
 from umtrain.planning.profile import load_profile
+from umtrain.planning.residence import process_bytes
 from umtrain.planning.subject import Subject
 from umtrain.planning.usage import resident_bytes
 
@@ -136,3 +137,9 @@ def test_transfers_of_small_maps_cost_what_launching_them_takes(subject, strateg
     assert 1e-3 < (there.step_s - vanilla.step_s) < 100e-3
     here, plain = (predict(small, name, fast, options) for name in (strategy, "vanilla"))
     assert here.compute_s == plain.compute_s
+
+
+def test_on_a_gpu_only_what_multiplies_matrices_pays_for_cublas(subject):
+    without = Subject(subject.model[0], subject.sample_batch, "fp32")
+    assert process_bytes(subject.trace(), "cuda") > process_bytes(without.trace(), "cuda")
+    assert process_bytes(subject.trace(), "cpu") == process_bytes(without.trace(), "cpu")

@@ -12,13 +12,17 @@ from itertools import chain
 from umtrain.memory.allocator import FreedBuffers, allowed_hole_bytes
 from umtrain.planning.heap import Event, Heap
 from umtrain.planning.profile import Profile
+from umtrain.planning.step import StepTrace
 from umtrain.planning.usage import Usage, events, page_bytes, resident_bytes
 
 # What a process holds besides buffers: without a GPU code, compiled kernels and threads' own heaps
-# (ResNet-50 at 256 pixels); on one cuBLAS's workspaces (an H100, torch 2.11).
-PROCESS_BYTES = {"cpu": 70 * 2**20, "cuda": 72 * 10**6}
+# (ResNet-50 at 256 pixels); on one what cuDNN keeps (ResUNet35 on an H200), and cuBLAS's workspaces
+# if anything calls it (ResNet-50 on an H100 and an H200, torch 2.11).
+_PROCESS_BYTES = {"cpu": 70 * 2**20, "cuda": 25 * 10**6}
+_CUBLAS_BYTES = 47 * 10**6
+_MATRIX_PRODUCTS = {"addmm", "mm", "bmm", "baddbmm"}
 # The same where freed buffers are used again: what is small lies in the heap's holes.
-_PROCESS_BESIDE_HEAP_BYTES = 36 * 2**20
+PROCESS_BESIDE_HEAP_BYTES = 36 * 2**20
 # Smaller buffers live in the gaps between the others.
 _LEAST_BYTES = 64 * 2**10
 # The holes of one step are there in the next; after three it has all it needs.
@@ -30,6 +34,13 @@ _SHARE_FAULTED = 0.45
 _FAULTED_PER_EXCESS = 10.0
 _CUDA_GRANULE_BYTES = 512
 _PAGE_BYTES = 4096
+
+
+def process_bytes(trace: StepTrace, device_kind: str) -> int:
+    """Return what a process holds besides buffers."""
+    uses_cublas = any(operation.name in _MATRIX_PRODUCTS for operation in trace.operations)
+    libraries_bytes = _CUBLAS_BYTES if device_kind == "cuda" and uses_cublas else 0
+    return _PROCESS_BYTES[device_kind] + libraries_bytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,9 @@ def residence_of(usage: Usage, profile: Profile, *, is_budgeted: bool) -> Reside
     live = live_bytes(usage, profile)
     if is_budgeted or profile.kind == "cuda":
         held_bytes = max((a + b for a, b in zip(live, pages, strict=True)), default=0)
-        held_bytes += resident_bytes(usage.trace, profile.kind) + PROCESS_BYTES[profile.kind]
+        held_bytes += resident_bytes(usage.trace, profile.kind) + process_bytes(
+            usage.trace, profile.kind
+        )
         # With a budget freed buffers go back to the kernel: each is touched anew every time.
         is_fresh = profile.kind == "cpu"
         return Residence(held_bytes, sum(s.n_bytes for s in usage.stays) if is_fresh else 0)
@@ -64,7 +77,7 @@ def residence_of(usage: Usage, profile: Profile, *, is_budgeted: bool) -> Reside
         heap_bytes = min(heap_bytes, most_bytes)
     with_pages_bytes = heap_bytes + max(pages, default=0)
     resident = min(with_pages_bytes, max(heap_bytes, profile.device_bytes))
-    return Residence(resident + _PROCESS_BESIDE_HEAP_BYTES, fresh_bytes)
+    return Residence(resident + PROCESS_BESIDE_HEAP_BYTES, fresh_bytes)
 
 
 def _faulted_bytes(usage: Usage, excess_bytes: int) -> int:
@@ -82,7 +95,9 @@ def least_bytes(usage: Usage, profile: Profile) -> int:
     if usage.least_stays is not None:
         usage = replace(usage, stays=usage.least_stays)
     live = max(live_bytes(usage, profile), default=0)
-    return resident_bytes(usage.trace, profile.kind) + live + PROCESS_BYTES[profile.kind]
+    return (
+        resident_bytes(usage.trace, profile.kind) + live + process_bytes(usage.trace, profile.kind)
+    )
 
 
 def live_bytes(usage: Usage, profile: Profile) -> list[int]:

@@ -13,7 +13,7 @@ from umtrain.memory.options import Options
 from umtrain.memory.paging_managed import MANAGED_BLOCK_BYTES
 from umtrain.planning.paging import Grouped, Pager
 from umtrain.planning.profile import Profile, load_profile
-from umtrain.planning.residence import PROCESS_BYTES, live_bytes
+from umtrain.planning.residence import live_bytes, process_bytes
 from umtrain.planning.step import Allocation, StepTrace
 from umtrain.planning.subject import Subject
 from umtrain.planning.swapping import Link, swapped
@@ -223,7 +223,7 @@ def _original(allocation: Allocation) -> Stay:
 def _rooms(setting: Setting, heap: Usage) -> list[int]:
     """Return what pages may take during each operation."""
     taken = resident_bytes(heap.trace, setting.profile.kind)
-    taken += PROCESS_BYTES[setting.profile.kind]
+    taken += process_bytes(heap.trace, setting.profile.kind)
     left_bytes = setting.limit_bytes - taken
     return [max(0, left_bytes - level) for level in live_bytes(heap, setting.profile)]
 

@@ -9,7 +9,7 @@ from torch import nn
 from umtrain.errors import OutOfMemoryError
 from umtrain.memory.stream import choose_strip_bytes, maps_bytes, other_bytes, strips_bytes
 from umtrain.memory.tensors import batch_arguments
-from umtrain.planning.residence import PROCESS_BYTES
+from umtrain.planning.residence import PROCESS_BESIDE_HEAP_BYTES, process_bytes
 from umtrain.planning.step import StepTrace
 from umtrain.planning.strategies import Setting
 from umtrain.planning.streaming_seconds import beside_streaming_seconds, streaming_seconds
@@ -22,9 +22,8 @@ from umtrain.streaming.storage import HostBlock, HostMemory
 _N_ROUNDS = 12  # each leaves about an eighth of what was missing
 _WAYS = 2  # what is put out comes back: half of the traffic each way
 # What is there beside maps, gradients and the model's own, of the room that a budget makes for it:
-# measured at 256 to 1024 pixels without a GPU, on one with a step of ResNet-50.
-_STRIPS_AT_ONCE = {"cpu": 5, "cuda": 9}
-_PROCESS_BYTES = {"cpu": 36 * 2**20, "cuda": PROCESS_BYTES["cuda"]}
+# measured at 256 to 1024 pixels without a GPU, on an H100 and an H200 with ResNet-50 and -101.
+_STRIPS_AT_ONCE = {"cpu": 5, "cuda": 4}
 # Where maps have several strips, first, middle and last ones have kernels of their own.
 _KERNELS_BYTES = {"cpu": 40 * 2**20, "cuda": 0}
 
@@ -163,4 +162,5 @@ def _beside_maps_bytes(setting: Setting, largest_map_bytes: int) -> int:
     strip_bytes = _strip_bytes(setting)
     strips = _STRIPS_AT_ONCE[kind] * min(strip_bytes, largest_map_bytes)
     strips += _KERNELS_BYTES[kind] if largest_map_bytes > strip_bytes else 0
-    return resident_bytes(trace, kind) + gradients + weights + strips + _PROCESS_BYTES[kind]
+    process = PROCESS_BESIDE_HEAP_BYTES if kind == "cpu" else process_bytes(trace, kind)
+    return resident_bytes(trace, kind) + gradients + weights + strips + process
