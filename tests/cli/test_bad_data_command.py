@@ -11,7 +11,7 @@ import sys
 import psutil
 import pytest
 
-SMALL = ("res=64", "precision=fp32", "dataset.workers=1", "cases=1")
+SMALL = ("res=64", "precision=fp32", "dataset.workers=1", "cases=1", "memory=vanilla")
 
 
 @pytest.fixture
