@@ -101,7 +101,7 @@ def test_managed_memory_that_has_room_is_on_the_gpu_as_vanillas_is(subject, stra
     assert paged.swapped_in_bytes == paged.swapped_out_bytes == 0
 
 
-@pytest.mark.parametrize("strategy", ["checkpoint", "vdnn"])
+@pytest.mark.parametrize("strategy", ["checkpoint", "vdnn", "lms"])
 def test_holes_that_are_given_back_are_paid_for_in_page_faults(subject, strategy):
     cpu = load_profile("generic_cpu")
     slower = dataclasses.replace(cpu, first_touch_s_per_byte=cpu.first_touch_s_per_byte + 1e-9)

@@ -31,7 +31,6 @@ _SEEDS = (0, 1, 2)
 # The share of all buffers of a step whose pages were given back before: page faults of checkpoint,
 # vdnn and lms on ResUNet35 at 512 and 1024 and ResNet-50 at 512 pixels were 0.32 to 0.61 of them.
 _SHARE_FAULTED = 0.45
-_FAULTED_PER_EXCESS = 10.0
 _CUDA_GRANULE_BYTES = 512
 _PAGE_BYTES = 4096
 
@@ -71,23 +70,23 @@ def residence_of(usage: Usage, profile: Profile, *, is_budgeted: bool) -> Reside
     fresh_bytes = 0
     if usage.limited_holes_of is not None:
         alive_bytes = max(live, default=0)
-        most_bytes = alive_bytes + allowed_hole_bytes(alive_bytes, usage.limited_holes_of)
-        most_bytes += resident_bytes(usage.trace, profile.kind)
-        fresh_bytes = _faulted_bytes(usage, heap_bytes - most_bytes)
+        holes_bytes = allowed_hole_bytes(alive_bytes, usage.limited_holes_of)
+        most_bytes = resident_bytes(usage.trace, profile.kind) + alive_bytes + holes_bytes
+        fresh_bytes = _faulted_bytes(usage, holes_bytes)
         heap_bytes = min(heap_bytes, most_bytes)
     with_pages_bytes = heap_bytes + max(pages, default=0)
     resident = min(with_pages_bytes, max(heap_bytes, profile.device_bytes))
     return Residence(resident + PROCESS_BESIDE_HEAP_BYTES, fresh_bytes)
 
 
-def _faulted_bytes(usage: Usage, excess_bytes: int) -> int:
-    """Return what is touched anew where holes are given back: the heap would be larger by excess.
+def _faulted_bytes(usage: Usage, holes_bytes: int) -> int:
+    """Return what is touched anew where holes of more than `holes_bytes` are given back.
 
     See `umtrain.memory.allocator.HeapHoles`.
     """
     taken = chain.from_iterable(events(usage, "cpu", _LEAST_BYTES))
     taken_bytes = sum(event.n_bytes for event in taken)
-    return int(min(_SHARE_FAULTED * taken_bytes, _FAULTED_PER_EXCESS * max(0, excess_bytes)))
+    return int(_SHARE_FAULTED * max(0, taken_bytes - holes_bytes))
 
 
 def least_bytes(usage: Usage, profile: Profile) -> int:
