@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from umtrain.errors import ConfigError
+from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.memory import allocator
 from umtrain.planning import calibration, timing
 from umtrain.planning.calibration import (
@@ -198,11 +198,11 @@ def test_freed_buffers_are_used_again_while_it_measures_and_not_after(tmp_path, 
     # In training no pass over maps pays for fresh pages; timed with them it looks ten times slower.
     chosen = []
 
-    def measure(*arguments):
+    def measure(*arguments, **options):
         chosen.append(allocator._current)
         return load_profile("generic_cpu")
 
-    monkeypatch.setattr(calibration, "_calibrate", measure)
+    monkeypatch.setattr(calibration, "calibrate", measure)
     before = allocator._current
     calibrated(CPU, tmp_path, list, spill_dir=None, again=True, progress=lambda *_: None)
     assert chosen == [allocator.FreedBuffers.RECYCLE]
@@ -231,14 +231,27 @@ def test_the_blocks_that_were_timed_are_predicted_to_take_as_long_as_they_did(pr
     assert predicted_s == pytest.approx(step_s, rel=1e-6)
 
 
-def test_a_convolution_that_does_not_fit_is_left_out(tmp_path, monkeypatch):
-    def refuse(*arguments):
-        raise torch.OutOfMemoryError("out of memory")
+@pytest.mark.parametrize("fitting_channels", [3, 0])
+def test_a_convolution_that_does_not_fit_is_left_out(tmp_path, monkeypatch, fitting_channels):
+    take = calibration.time_convolution
+
+    def refuse(dtype, shape, *rest):
+        if shape.in_channels > fitting_channels:
+            raise torch.OutOfMemoryError("out of memory")
+        return take(dtype, shape, *rest)
+
+    def measure():
+        return calibrated(
+            CPU, tmp_path, lambda: [a_step()], spill_dir=None, again=True, progress=lambda *_: None
+        )
 
     monkeypatch.setattr(calibration, "time_convolution", refuse)
     monkeypatch.setattr(calibration, "PASS_BYTES", (2**20,))
     monkeypatch.setattr(calibration, "COMPOSED", {"cpu": ()})
-    found = calibrated(
-        CPU, tmp_path, lambda: [a_step()], spill_dir=None, again=False, progress=lambda *_: None
-    )
-    assert found.convolution_samples == ()
+    if fitting_channels:
+        channels = {s.convolution.in_channels for s in measure().convolution_samples}
+        assert channels == {fitting_channels}
+        return
+    with pytest.raises(OutOfMemoryError, match="no memory free to measure"):
+        measure()
+    assert list(tmp_path.iterdir()) == []

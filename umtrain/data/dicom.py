@@ -119,7 +119,7 @@ def _check_codec(syntax: UID, path: Path) -> None:
     convert = "or convert it to Explicit VR Little Endian"
     try:
         decoder = get_decoder(syntax)
-    except NotImplementedError:
+    except NotImplementedError:  # how pydicom refuses a syntax that is of no still images
         raise DataError(
             f"{path}: its transfer syntax {syntax.name} ({syntax}) is not one of still images "
             f"that pydicom reads; {convert.removeprefix('or ')}"

@@ -14,8 +14,8 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from umtrain.device import cpu_has_bf16, device_name
-from umtrain.errors import ConfigError
+from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.files import cache_folder, write_json
 from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
 from umtrain.memory.linux import trim_heap
@@ -39,7 +39,7 @@ from umtrain.planning.profile import (
     profile_names,
     profile_to_dict,
 )
-from umtrain.planning.step import StepTrace
+from umtrain.planning.step import Convolution, StepTrace
 from umtrain.planning.timing import (
     COMPOSED,
     PASS_BYTES,
@@ -92,7 +92,8 @@ def calibrated(
     """Return this machine's profile from `folder`, measuring it if it is not there, or `again`.
 
     `steps` gives the traces whose convolutions are timed. `progress` is told how many of all
-    measurements are done, and which is next. Raises ConfigError where `folder` cannot be written.
+    measurements are done, and which is next. Raises ConfigError where `folder` cannot be written,
+    and OutOfMemoryError where nothing can be measured.
     """
     title = device_name(device)
     path = _path(folder, device, title)
@@ -100,7 +101,9 @@ def calibrated(
         return _read(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        profile = calibrate(device, title, steps(), spill_dir=spill_dir, progress=progress)
+        traces = steps()
+        with _as_in_training(device):
+            profile = calibrate(device, title, traces, spill_dir=spill_dir, progress=progress)
         write_json(path, profile_to_dict(profile))
     except OSError as error:
         raise ConfigError(f"{error.filename or folder}: {error.strerror}") from error
@@ -147,6 +150,46 @@ def _read(path: Path) -> Profile:
         raise ConfigError(f"{path}: is damaged ({error}); delete it") from error
 
 
+@contextmanager
+def _as_in_training(device: torch.device) -> Iterator[None]:
+    """Use freed buffers again inside the block, and leave nothing of it behind."""
+    before = set_freed_buffers(FreedBuffers.RECYCLE)
+    try:
+        yield
+    finally:
+        set_freed_buffers(before)
+        trim_heap()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what is free is what plans are judged by
+
+
+def _time_convolutions(
+    shapes: list[tuple[Convolution, bool]],
+    device: torch.device,
+    limits_s: dict[str, float],
+    tell: Callable[[int, str], None],
+) -> list[ConvolutionSample]:
+    """Time `shapes` in each dtype, as many as come in its seconds; what does not fit is left out.
+
+    Raises OutOfMemoryError if none fits.
+    """
+    found: list[ConvolutionSample] = []
+    for number, (dtype, limit_s) in enumerate(limits_s.items()):
+        end_s = time.monotonic() + limit_s
+        for at, (shape, has_source_gradient) in enumerate(shapes):
+            tell(number * len(shapes) + at, f"convolution {dtype}")
+            with suppress(torch.OutOfMemoryError):
+                found += time_convolution(dtype, shape, has_source_gradient, device)
+            if time.monotonic() > end_s:
+                break
+    if shapes and not found:
+        raise OutOfMemoryError(
+            f"{device_name(device)} has no memory free to measure a convolution in; end what else "
+            "uses it, or name a profile: device=..."
+        )
+    return found
+
+
 def calibrate(
     device: torch.device,
     device_title: str,
@@ -155,24 +198,7 @@ def calibrate(
     spill_dir: Path | None,
     progress: Progress,
 ) -> Profile:
-    """Measure this machine, with buffers used again as in training. See `calibrated`."""
-    before = set_freed_buffers(FreedBuffers.RECYCLE)
-    try:
-        return _calibrate(device, device_title, steps, spill_dir, progress)
-    finally:
-        set_freed_buffers(before)
-        trim_heap()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what is free is what plans are judged by
-
-
-def _calibrate(
-    device: torch.device,
-    device_title: str,
-    steps: Iterable[StepTrace],
-    spill_dir: Path | None,
-    progress: Progress,
-) -> Profile:
+    """Measure this machine. See `calibrated`."""
     shapes = distinct_convolutions(steps)
     Random(0).shuffle(shapes)
     passes = [(d, n) for d in TORCH_DTYPES for n in PASS_BYTES]
@@ -180,18 +206,10 @@ def _calibrate(
     dtypes = [dtype for dtype in TORCH_DTYPES if native_bf16 or dtype != "bf16"]
     composed = [(dtype, *blocks) for dtype in dtypes for blocks in COMPOSED[device.type]]
     n_all = len(TORCH_DTYPES) * len(shapes) + len(passes) + 2 + len(composed)
-    n_done = 0
-    convolutions: list[ConvolutionSample] = []
-    for i, dtype in enumerate(TORCH_DTYPES):
-        n_done = i * len(shapes)
-        end_s = time.monotonic() + _CONVOLUTIONS_S[native_bf16 or dtype != "bf16"]
-        for shape, has_source_gradient in shapes:
-            progress(n_done, n_all, f"convolution {dtype}")
-            with suppress(torch.OutOfMemoryError):  # others are timed, and it is between them
-                convolutions += time_convolution(dtype, shape, has_source_gradient, device)
-            n_done += 1
-            if time.monotonic() > end_s:
-                break
+    limits_s = {d: _CONVOLUTIONS_S[native_bf16 or d != "bf16"] for d in TORCH_DTYPES}
+    convolutions = _time_convolutions(
+        shapes, device, limits_s, lambda done, note: progress(done, n_all, note)
+    )
     n_done = len(TORCH_DTYPES) * len(shapes)
     pass_samples: list[PassSample] = []
     for dtype, n_bytes in passes:
