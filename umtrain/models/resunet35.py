@@ -63,6 +63,25 @@ class ResidualBlock(nn.Module):
         return out
 
 
+class NearestUpsample(nn.Upsample):
+    """Twice as many rows and columns by nearest neighbour, in the dtype of its input.
+
+    On a GPU autocast would have it compute, and all that is joined to it keep, in float32: twice
+    the memory for values that are only copied. Streaming asks `keeps_dtype`, to know that this is
+    torch's layer in all else.
+    """
+
+    keeps_dtype = True
+
+    def __init__(self) -> None:
+        super().__init__(scale_factor=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, C, H, W) as (N, C, 2H, 2W)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class ResUNet35(nn.Module):
     """Residual U-Net of 35 convolutions: (N, in_channels, H, W) to (N, n_outputs, H/2, W/2) logits.
 
@@ -87,7 +106,7 @@ class ResUNet35(nn.Module):
             ResidualBlock(width_in, width, stride, norm)
             for width_in, width, stride in zip(widths_in, _WIDTHS, strides, strict=True)
         )
-        self.upsample = nn.ModuleList(nn.Upsample(scale_factor=2) for _ in _WIDTHS[:-1])
+        self.upsample = nn.ModuleList(NearestUpsample() for _ in _WIDTHS[:-1])
         self.decoder = nn.ModuleList(
             ResidualBlock(below + width, width, 1, norm)
             for below, width in zip(_WIDTHS[:0:-1], _WIDTHS[-2::-1], strict=True)

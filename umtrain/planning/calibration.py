@@ -56,7 +56,7 @@ from umtrain.planning.timing import (
 )
 
 _GENERIC_CPU = "generic_cpu"
-_VERSION = 4  # of what is measured: raised where another figure is added
+_VERSION = 5  # of what is measured: raised where another figure is added
 # Seconds after which no further convolution of a precision is timed: one that the processor has
 # instructions for, and one that it imitates, tens of times slower.
 _CONVOLUTIONS_S = {True: 60.0, False: 10.0}

@@ -1,13 +1,14 @@
 """Seconds of an operation on a machine: a roofline with measured or stated rates.
 
-An operation takes as long as its arithmetic or its traffic, whichever is more, and its launch. The
-rate of arithmetic depends on the kind of convolution, its channels and its size: between the
-samples of a calibrated machine it is interpolated, elsewhere it is a share of the data sheet's.
-Where it was measured, the kernel's part is multiplied by how much longer it takes in a network.
+A kernel takes as long as its arithmetic or its traffic, whichever is more; see `step_seconds` for
+what launching it adds. The rate of arithmetic depends on the kind of convolution, its channels and
+its size: between the samples of a calibrated machine it is interpolated, elsewhere it is a share of
+the data sheet's. Where it was measured, the kernel's part is multiplied by how much longer it takes
+in a network.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from umtrain.planning.profile import ConvolutionSample, PassSample, Profile
@@ -42,16 +43,33 @@ _WEIGHTS = {"kernel": 2.0, "in": 1.0, "out": 1.0, "stride": 1.0, "groups": 2.0, 
 _NEAR = 0.05  # of a power of two: closer than this there is nothing to tell apart
 
 
-def operation_seconds(operation: Operation, profile: Profile) -> float:
-    """Return the seconds that `operation` takes on a device of `profile`, its launch included.
+def step_seconds(operations: Iterable[Operation], profile: Profile) -> list[float]:
+    """Return by how many seconds each of a step's `operations` makes the step longer.
 
-    A GPU computes while the next kernel is launched: there an operation takes the longer of both.
-    Its memory has been touched before: fresh pages cost `first_touch_s_per_byte` on top.
+    Without a GPU each is launched and computes. A GPU computes while the next ones are launched,
+    and waits for the launch of what it is done too early for.
+    """
+    seconds = [operation_seconds(operation, profile) for operation in operations]
+    if profile.kind == "cpu":
+        return seconds
+    launched_s = now_s = 0.0
+    longer_s = []
+    for kernel_s in seconds:
+        launched_s += profile.launch_s
+        end_s = max(now_s, launched_s) + kernel_s
+        longer_s.append(end_s - now_s)
+        now_s = end_s
+    return longer_s
+
+
+def operation_seconds(operation: Operation, profile: Profile) -> float:
+    """Return the seconds that `operation` keeps a device of `profile` busy, in a network.
+
+    Without a GPU its launch is part of that. Memory has been touched before: fresh pages cost
+    `first_touch_s_per_byte` on top.
     """
     kernel_s = kernel_seconds(operation, profile) * _composition(operation, profile)
-    if profile.kind == "cuda":
-        return max(profile.launch_s, kernel_s)
-    return profile.launch_s + kernel_s
+    return kernel_s if profile.kind == "cuda" else profile.launch_s + kernel_s
 
 
 def kernel_seconds(operation: Operation, profile: Profile) -> float:

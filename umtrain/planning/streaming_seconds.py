@@ -24,9 +24,10 @@ _DTYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
 # backward.py: an expression reads its sources and writes a strip; moments read a result and copy
 # it. In backward the strip is made again, the output's gradient is finished from what is stored
 # and the map, and what comes out is added to the gradients of the sources.
-# On a GPU a step's actions are one graph, whose kernels are launched by the GPU itself: ResNet-50
-# at 512 x 512 took 80 µs an action on an H100 (scripts/results/gpu_check.json), 55 on an H200.
-_ACTION_S = 65e-6
+# On a GPU a step's actions are one graph, whose kernels are launched by the GPU itself. What an
+# action's many small ones cost beside its large ones: ResNet-50 at 512 x 512, where nearly all are
+# small, took 80 µs an action on an H100 (scripts/results/gpu_check.json), 55 on an H200.
+_ACTION_S = 50e-6
 # A strip's rooms, cursors and calls, beside its kernels, where no graph was recorded: measured as
 # what is left of a step of ResNet-50 at 256 x 256, whose 160 actions have one strip each.
 _LAUNCHES_PER_STRIP = 4
@@ -66,7 +67,7 @@ def _action_s(program: Program, action: Action, profile: Profile) -> float:
     if convolution is not None:
         seconds += operation_seconds(convolution, profile)
     if profile.kind == "cuda":
-        return max(_ACTION_S, seconds)
+        return _ACTION_S + seconds
     n_strips = math.ceil(max(source_bytes, output_bytes) / STRIP_BYTES["cpu"])
     return seconds + n_strips * _LAUNCHES_PER_STRIP * profile.launch_s
 

@@ -12,7 +12,7 @@ from umtrain.memory.options import Options
 from umtrain.memory.tensors import planned_device
 from umtrain.memory.working_set import WorkingSets, measure_working_sets
 from umtrain.planning.profile import Profile
-from umtrain.planning.seconds import operation_seconds
+from umtrain.planning.seconds import step_seconds
 from umtrain.planning.step import StepTrace
 from umtrain.planning.tracing import ADAM_STATES, Loss, mean_square, trace_step
 
@@ -59,10 +59,10 @@ class Subject:
         return self._traces[key]
 
     def seconds(self, trace: StepTrace, profile: Profile) -> list[float]:
-        """Return the seconds of each operation of one of this subject's traces."""
+        """Return what each operation of one of this subject's traces adds to a step's seconds."""
         key = id(trace), profile.name
         if key not in self._seconds:
-            self._seconds[key] = [operation_seconds(each, profile) for each in trace.operations]
+            self._seconds[key] = step_seconds(trace.operations, profile)
         return self._seconds[key]
 
     def measured(self) -> WorkingSets:

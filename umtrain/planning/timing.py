@@ -1,7 +1,8 @@
 """What a calibration times: a machine's own convolutions, passes, products, memory and links.
 
-Each figure is the median of a few runs after one that is left out, unless it says otherwise. On a
-GPU a run is one of several in a row, as waiting for a kernel takes longer than most kernels.
+A kernel's figure is the least of a few runs after one that is left out: what else a machine does
+only makes a run longer. On a GPU a run is one of several that wait in its queue behind other work,
+so that kernels are timed, not their launches.
 """
 
 import os
@@ -22,19 +23,21 @@ from umtrain.memory.positioned import PositionedFile
 from umtrain.planning.profile import CompositionSample, ConvolutionSample, PassSample, Profile
 from umtrain.planning.seconds import kernel_seconds
 from umtrain.planning.step import Convolution, StepTrace
-from umtrain.planning.tracing import mean_square, trace_step
+from umtrain.planning.tracing import trace_step
 from umtrain.streaming.storage import ALIGNMENT_BYTES
 
 _aten = torch.ops.aten
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PASS_BYTES = (2 * 2**20, 2**27)  # in a processor's cache, and far out of it
-_N_TIMES = 3
-_N_FRESH = 5
-_N_IN_A_ROW = 8
-_LONG_S = 0.1  # an operation that takes longer is timed once
-_CHANNELS = 64
-_N_BLOCKS, _SMALL_PX = 20, 4
+_FEWEST_TIMES, _MOST_TIMES, _ENOUGH_S = 2, 6, 1.0
 _PROBE_BYTES = 2**28
+_N_FRESH = 10
+_N_IN_A_ROW = 8
+_BUSY_SIDE, _N_BUSY = 4096, 2
+_CHANNELS = 128  # of maps that are passed over: ResNet-50 has 64 to 2048
+_FEW_CHANNELS = 64
+_UPDATED_SHAPE = 256, 256, 3, 3
+_N_BLOCKS, _SMALL_PX, _N_LAUNCHING = 20, 4, 10
 # Bottlenecks of ResNet-50, pixels a side and how many: whose maps fit in a processor's cache, and
 # whose maps do not; on a GPU maps that take longer to compute than to launch.
 COMPOSED = {"cpu": ((64, 6), (256, 3)), "cuda": ((1024, 2),)}
@@ -92,9 +95,9 @@ def time_convolution(
         _aten.convolution_backward(dy, x, weight, None, *geometry, wanted)
 
     flops = _flops(shape)
-    yield ConvolutionSample(dtype, "forward", shape, flops, median_s(forward, device))
+    yield ConvolutionSample(dtype, "forward", shape, flops, least_s(forward, device))
     twice = 2.0 if has_source_gradient else 1.0
-    yield ConvolutionSample(dtype, "backward", shape, twice * flops, median_s(backward, device))
+    yield ConvolutionSample(dtype, "backward", shape, twice * flops, least_s(backward, device))
 
 
 def time_passes(dtype: str, n_bytes: int, device: torch.device) -> Iterator[PassSample]:
@@ -114,7 +117,7 @@ def time_passes(dtype: str, n_bytes: int, device: torch.device) -> Iterator[Pass
     small = x[:, :, : side // 2, : side // 2].contiguous(memory_format=torch.channels_last)
     one = x.nbytes
     other = torch.float32 if kind == torch.bfloat16 else torch.bfloat16
-    moments = [torch.zeros_like(x) for _ in range(2)]
+    weights, changes, *moments = (_many_weights(one, device) for _ in range(4))
     passes: dict[str, tuple[Callable[[], Any], float]] = {
         "elementwise": (lambda: x + y, 3 * one),
         "in_place": (lambda: torch.relu_(x), 2 * one),
@@ -132,9 +135,12 @@ def time_passes(dtype: str, n_bytes: int, device: torch.device) -> Iterator[Pass
         "cast": (lambda: x.to(other), one + x.numel() * other.itemsize),
     }
     if kind == torch.float32:
-        passes["update"] = (lambda: _adamw(x, y, moments), 7 * one)
+        passes["update"] = (
+            lambda: _adamw(weights, changes, moments),
+            7 * sum(w.nbytes for w in weights),
+        )
     for name, (run, moved) in passes.items():
-        yield PassSample(name, dtype, int(moved), median_s(run, device))
+        yield PassSample(name, dtype, int(moved), least_s(run, device))
 
 
 def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -142,15 +148,19 @@ def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance:
     return functional.batch_norm(x, mean, variance, weight, bias, training=True)
 
 
-def _adamw(parameter: Tensor, gradient: Tensor, moments: list[Tensor]) -> None:
-    step = torch.ones((), device=parameter.device)
+def _many_weights(n_bytes: int, device: torch.device) -> list[Tensor]:
+    """Return about `n_bytes` of the weights of convolutions, laid out as training has them."""
+    weight = torch.ones(_UPDATED_SHAPE, device=device).to(memory_format=torch.channels_last)
+    return [weight.clone() for _ in range(max(1, n_bytes // weight.nbytes))]
+
+
+def _adamw(weights: list[Tensor], gradients: list[Tensor], moments: list[list[Tensor]]) -> None:
     torch._fused_adamw_(
-        [parameter],
-        [gradient],
-        [moments[0]],
-        [moments[1]],
+        weights,
+        gradients,
+        *moments,
         [],
-        [step],
+        [torch.ones((), device=weights[0].device) for _ in weights],
         lr=1e-3,
         beta1=0.9,
         beta2=0.999,
@@ -161,33 +171,47 @@ def _adamw(parameter: Tensor, gradient: Tensor, moments: list[Tensor]) -> None:
     )
 
 
-def median_s(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the median seconds of a few runs of `run`, after one that is left out."""
-    first_s = _seconds(run, device)
-    if first_s > _LONG_S:
-        return _seconds(run, device)
-    return statistics.median(_seconds(run, device) for _ in range(_N_TIMES))
+def least_s(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the least seconds of a few runs of `run`, after one that is left out."""
+    _seconds(run, device)
+    found = [_seconds(run, device) for _ in range(_FEWEST_TIMES)]
+    while len(found) < _MOST_TIMES and sum(found) < _ENOUGH_S:
+        found.append(_seconds(run, device))
+    return min(found)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds of a run; on a GPU of one of several in a row, launched ahead of it."""
     if device.type == "cpu":
-        start_s = time.perf_counter()
-        run()
-        return time.perf_counter() - start_s
-    torch.cuda.synchronize()
-    start_s = time.perf_counter()
+        return _wall_s(run)
+    _keep_busy(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     for _ in range(_N_IN_A_ROW):
         run()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start_s) / _N_IN_A_ROW
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / _N_IN_A_ROW
+
+
+def _wall_s(run: Callable[[], Any]) -> float:
+    start_s = time.perf_counter()
+    run()
+    return time.perf_counter() - start_s
+
+
+def _keep_busy(device: torch.device) -> None:
+    """Give a GPU some milliseconds of work, while which runs can be put into its queue."""
+    a = torch.ones(_BUSY_SIDE, _BUSY_SIDE, device=device)
+    for _ in range(_N_BUSY):
+        a @ a
 
 
 def matrix_rate(dtype: str, device: torch.device, *, is_native: bool) -> float:
     """Return the flops/s of a dense product; a small one where `dtype` is imitated."""
     side = 8192 if device.type == "cuda" else 1536 if is_native else 192
     a = torch.randn(side, side, device=device).to(TORCH_DTYPES[dtype])
-    return float(2 * side**3 / median_s(lambda: a @ a, device))
+    return float(2 * side**3 / least_s(lambda: a @ a, device))
 
 
 def launch_s(device: torch.device) -> float:
@@ -198,17 +222,20 @@ def launch_s(device: torch.device) -> float:
     """
     blocks = []
     for _ in range(_N_BLOCKS):
-        convolution = nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1, bias=False)
-        blocks += [convolution, nn.BatchNorm2d(_CHANNELS), nn.ReLU(inplace=True)]
+        convolution = nn.Conv2d(_FEW_CHANNELS, _FEW_CHANNELS, 3, padding=1, bias=False)
+        blocks += [convolution, nn.BatchNorm2d(_FEW_CHANNELS), nn.ReLU(inplace=True)]
     model = nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
-    x = torch.ones(1, _CHANNELS, _SMALL_PX, _SMALL_PX, device=device)
+    x = torch.ones(1, _FEW_CHANNELS, _SMALL_PX, _SMALL_PX, device=device)
     x = x.to(memory_format=torch.channels_last)
 
     def run() -> None:
         torch.autograd.backward(model(x).sum())
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     n_operations = 2 * len(blocks)
-    return median_s(run, device) / n_operations
+    run()
+    return statistics.median(_wall_s(run) for _ in range(_N_LAUNCHING)) / n_operations
 
 
 @dataclass(frozen=True)
@@ -225,32 +252,30 @@ def measure_memory(device: torch.device) -> Memory:
     """Return what there is of memory, and how fast it is."""
     x = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    bytes_per_s = 2 * _PROBE_BYTES / median_s(lambda: y.copy_(x), device)
+    bytes_per_s = 2 * _PROBE_BYTES / least_s(lambda: y.copy_(x), device)
     host_bytes = psutil.virtual_memory().total
     if device.type == "cuda":
         return Memory(torch.cuda.mem_get_info()[1], host_bytes, bytes_per_s, 0.0)
-    filled_s = median_s(lambda: y.fill_(1), device)
     # In a virtual machine pages that no one ever had are far slower than those that this process
     # gave back, which are what a step gets: the least counts.
+    filled_s = least_s(lambda: y.fill_(1), device)
     fresh_s = min(_fresh_fill_s() for _ in range(_N_FRESH))
     touch_s = max(0.0, fresh_s - filled_s) / _PROBE_BYTES
     return Memory(host_bytes, host_bytes, bytes_per_s, touch_s)
 
 
 def _fresh_fill_s() -> float:
-    """Return the seconds of filling fresh memory."""
+    """Return the seconds of filling fresh memory: a part of more than any heap keeps."""
     fresh = torch.empty(_PROBE_BYTES + 2**30, dtype=torch.uint8)[:_PROBE_BYTES]
-    start_s = time.perf_counter()
-    fresh.fill_(1)
-    return time.perf_counter() - start_s
+    return _wall_s(lambda: fresh.fill_(1))
 
 
 def link_of_gpu(device: torch.device) -> tuple[float, float]:
     """Return bytes/s from a GPU to pinned memory, and back."""
     pinned = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
     x = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=device)
-    out_s = median_s(lambda: pinned.copy_(x, non_blocking=True), device)
-    in_s = median_s(lambda: x.copy_(pinned, non_blocking=True), device)
+    out_s = least_s(lambda: pinned.copy_(x, non_blocking=True), device)
+    in_s = least_s(lambda: x.copy_(pinned, non_blocking=True), device)
     return _PROBE_BYTES / out_s, _PROBE_BYTES / in_s
 
 
@@ -264,8 +289,8 @@ def spill_disk(folder: Path | None) -> tuple[float, float]:
         spill = PositionedFile(file.fileno(), is_direct=True)
         try:
             here = torch.device("cpu")
-            out_s = median_s(lambda: spill.write(0, data), here)
-            in_s = median_s(lambda: spill.read(0, data), here)
+            out_s = least_s(lambda: spill.write(0, data), here)
+            in_s = least_s(lambda: spill.read(0, data), here)
         finally:
             spill.close()
     return _PROBE_BYTES / out_s, _PROBE_BYTES / in_s
@@ -278,7 +303,7 @@ def time_composition(
 
     Alone and over and over a kernel finds its operands in the cache, and their addresses in the
     processor's tables; in a network it finds what other kernels left. Returns None where launching
-    takes about as long as computing, or the blocks do not fit.
+    may take as long as computing, or the blocks do not fit.
     """
     from torchvision.models.resnet import Bottleneck
 
@@ -288,7 +313,7 @@ def time_composition(
     model = nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
     x = torch.empty(1, _BOTTLENECK_CHANNELS, side_px, side_px, device="meta")
     x = x.to(TORCH_DTYPES[dtype], memory_format=torch.channels_last)
-    trace = trace_step(model, x, precision=dtype)
+    trace = trace_step(model, x, precision=dtype, loss=torch.sum)
     operations = [each for each in trace.operations if each.phase != "optimizer"]
     kernels_s = sum(kernel_seconds(each, profile) for each in operations)
     launching_s = len(operations) * profile.launch_s
@@ -297,18 +322,20 @@ def time_composition(
     def run() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
             output = model(x)
-        torch.autograd.backward(mean_square(output))
+        # As from a block after these: a loss of a map would hand down its gradient in rows.
+        torch.autograd.backward(output, gradient)
         model.zero_grad(set_to_none=True)
 
     try:
         x = torch.randn_like(x, device=device)
+        gradient = torch.randn_like(x)
         run()
-        together_s = statistics.median(_seconds(run, device) for _ in range(_N_TIMES))
+        together_s = statistics.median(_seconds(run, device) for _ in range(_MOST_TIMES))
     except torch.OutOfMemoryError:
         return None
     if device.type == "cpu":
-        together_s -= launching_s  # a GPU computes while the next kernel is launched
-    elif kernels_s < 2 * launching_s:
+        together_s -= launching_s
+    elif together_s < 2 * launching_s:
         return None
     if together_s <= 0:
         return None

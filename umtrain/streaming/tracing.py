@@ -94,7 +94,8 @@ class _Tracer(fx.Tracer):
     """Stops at the layers that the engine knows, our own norms included."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _Norms) or super().is_leaf_module(m, module_qualified_name)
+        is_ours = isinstance(m, _Norms) or _is_upsampling(m)
+        return is_ours or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass
@@ -253,11 +254,16 @@ def _module_is_streamable(module: nn.Module) -> bool:
     if isinstance(module, GlobalAverages | GlobalMaxima):
         is_global = all(size == 1 for size in sizes(module.output_size, module))
         return is_global and not getattr(module, "return_indices", False)
-    if kind is nn.Upsample:
+    if _is_upsampling(module):
         bilinear = module.mode == "bilinear" and not module.align_corners
         factors = whole_factors(module.scale_factor)
         return factors is not None and (module.mode == "nearest" or bilinear)
     return kind in _POINTWISE_MODULES or kind is nn.Dropout
+
+
+def _is_upsampling(module: nn.Module) -> bool:
+    """Return whether a module enlarges as torch's does; one derived from it has to say so."""
+    return type(module) is nn.Upsample or hasattr(module, "keeps_dtype")
 
 
 def _describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
