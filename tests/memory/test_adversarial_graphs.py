@@ -189,7 +189,8 @@ def attached():
 
 
 @pytest.mark.parametrize("strategy", HOOKED)
-def test_differentiating_twice_is_refused(strategy, attached):
+def test_differentiating_twice_is_refused(strategy, attached, room):
+    room(0)
     model = LateResidual()
     x = torch.randn(SHAPE, requires_grad=True)
     with (
@@ -199,7 +200,8 @@ def test_differentiating_twice_is_refused(strategy, attached):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
-def test_checkpoint_differentiates_twice(attached):
+@pytest.mark.parametrize("strategy", ["checkpoint", "um"])
+def test_what_moves_nothing_differentiates_twice(strategy, attached):
     model = LateResidual()
     x = torch.randn(SHAPE, requires_grad=True)
 
@@ -208,7 +210,7 @@ def test_checkpoint_differentiates_twice(attached):
         return torch.autograd.grad(gradient.square().sum(), x)[0]
 
     expected = second_gradient()
-    with attached("checkpoint", model).step():
+    with attached(strategy, model).step():
         assert torch.equal(second_gradient(), expected)
 
 

@@ -255,3 +255,34 @@ def test_a_convolution_that_does_not_fit_is_left_out(tmp_path, monkeypatch, fitt
     with pytest.raises(OutOfMemoryError, match="no memory free to measure"):
         measure()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpus_kernels_wait_behind_other_work_until_all_are_launched(monkeypatch):
+    # Without that a kernel that is shorter than its launch is timed as long as it.
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append("event")
+
+        def synchronize(self):
+            told.append("wait")
+
+        def elapsed_time(self, end):
+            return 16.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing, "_keep_busy", lambda device: told.append("busy"))
+    seconds = timing._seconds(lambda: told.append("run"), torch.device("cuda"))
+    assert told == ["busy", "event", *["run"] * 8, "event", "wait"]
+    assert seconds == pytest.approx(16e-3 / 8)
+
+
+def test_a_kernel_takes_its_least_time_and_its_first_does_not_count(monkeypatch):
+    times_s = [9.0, 0.3, 0.2, 0.6, 0.1]
+    monkeypatch.setattr(timing, "_seconds", lambda run, device: times_s.pop(0))
+    assert timing.least_s(None, CPU) == 0.2
+    assert times_s == [0.1]  # a second is enough

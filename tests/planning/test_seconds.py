@@ -12,7 +12,7 @@ from umtrain.planning.profile import (
     PassSample,
     load_profile,
 )
-from umtrain.planning.seconds import convolution_kind, operation_seconds
+from umtrain.planning.seconds import convolution_kind, operation_seconds, step_seconds
 from umtrain.planning.step import Convolution, Operation
 
 GPU = load_profile("a100_80gb")
@@ -57,8 +57,35 @@ def test_much_arithmetic_is_bound_by_it_and_much_traffic_by_memory():
     assert operation_seconds(moving, GPU) == pytest.approx(2e12 / GPU.memory_bytes_per_s, rel=1e-3)
 
 
-def test_no_operation_is_faster_than_its_launch():
-    assert operation_seconds(a_pass("add", 0), GPU) == GPU.launch_s
+@given(st.lists(st.integers(0, 2**33), max_size=30))
+def test_a_gpu_computes_while_the_next_kernels_are_launched(sizes):
+    operations = [a_pass("add", n_bytes) for n_bytes in sizes]
+    kernels_s = sum(operation_seconds(each, GPU) for each in operations)
+    launching_s = len(operations) * GPU.launch_s
+    longer_s = step_seconds(operations, GPU)
+    assert len(longer_s) == len(operations)
+    assert all(each >= 0 for each in longer_s)
+    step_s = sum(longer_s) * (1 + 1e-9) + 1e-12
+    assert max(kernels_s, launching_s) <= step_s
+    assert sum(longer_s) <= kernels_s + launching_s + 1e-12
+
+
+def test_a_long_kernel_leaves_time_to_launch_all_that_follow():
+    long_s, *others_s = step_seconds([a_pass("add", 2**34), *[a_pass("add", 0)] * 20], GPU)
+    assert long_s > 20 * GPU.launch_s
+    assert sum(others_s) < 1e-9
+
+
+def test_short_kernels_take_as_long_as_their_launches():
+    longer_s = step_seconds([a_pass("add", 0)] * 20, GPU)
+    assert sum(longer_s) == pytest.approx(20 * GPU.launch_s)
+
+
+def test_without_a_gpu_launching_and_computing_add_up():
+    profile = load_profile("generic_cpu")
+    operations = [a_pass("add", 2**20), a_pass("add", 0)]
+    assert step_seconds(operations, profile) == [operation_seconds(o, profile) for o in operations]
+    assert step_seconds(operations, profile)[1] == profile.launch_s
 
 
 def test_backward_is_slower_than_forward_by_its_share():

@@ -40,6 +40,14 @@ def test_each_action_has_its_seconds(kept):
     assert all(each > 0 for each in seconds)
 
 
+def test_what_streams_on_a_gpu_costs_a_launch_of_each_action_beside_its_kernels(kept):
+    small = compiled_for(64, None)
+    per_action_s = sum(seconds_of(small)) / len(small.plan.schedule.actions)
+    assert 1e-5 < per_action_s < 2e-4
+    large = sum(seconds_of(kept)) / len(kept.plan.schedule.actions)
+    assert large > 2 * per_action_s
+
+
 def test_backward_takes_longer_than_forward(kept):
     seconds = seconds_of(kept)
     of = {"forward": 0.0, "backward": 0.0}

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class HookedStrategy(Strategy):
 
     groups: Sequence[Group]
     _tracker: GroupTracker
+    _mover: Mover
     _saved: SavedTensors
 
     @property
@@ -35,8 +36,10 @@ class HookedStrategy(Strategy):
         self.groups = make_groups(model, measured, self.options)
         self._tracker = GroupTracker(model, self.groups, self.trace)
         self._cleanup.callback(self._tracker.attach())
-        mover = self._create_mover(model, measured)
-        self._saved = SavedTensors(self.name, model, mover, self._tracker, self.smallest_bytes)
+        self._mover = self._create_mover(model, measured)
+        self._saved = SavedTensors(
+            self.name, model, self._mover, self._tracker, self.smallest_bytes
+        )
         return model
 
     @abstractmethod
@@ -46,7 +49,12 @@ class HookedStrategy(Strategy):
     @contextmanager
     def _around_step(self) -> Generator[None]:
         self._tracker.start_step()
+        # A timeline shows what backward reads, which only the hooks see.
+        is_followed = self._mover.is_needed or self.options.trace is not None
         # One thread: see Note: [Callbacks under the allocator's lock].
-        with self._saved.hooks(), torch.autograd.set_multithreading_enabled(False):
+        with (
+            self._saved.hooks() if is_followed else nullcontext(),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
             yield
         self._tracker.end_step()

@@ -97,6 +97,11 @@ class MappedPager(Pager):
         self._outward = start_io_threads("page-out")
         self._inward = start_io_threads("page-in")
 
+    @property
+    def is_needed(self) -> bool:
+        """See `Mover`."""
+        return self._is_needed
+
     def begin(self, budget: DeviceBudget) -> None:
         """See `Pager` and Note: [Nothing is copied where all of it fits]."""
         self._is_needed = not budget.holds(self._plenty_bytes)

@@ -45,6 +45,11 @@ class Moved(ABC):
 class Mover(ABC):
     """Puts saved tensors somewhere else."""
 
+    @property
+    def is_needed(self) -> bool:
+        """Return whether a step may have to move anything; if not, it can do without hooks."""
+        return True
+
     @abstractmethod
     def wants(self, tensor: torch.Tensor) -> bool:
         """Return whether this tensor is to be moved at all."""

@@ -30,7 +30,7 @@ _DTYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
 _ACTION_S = 50e-6
 # A strip's rooms, cursors and calls, beside its kernels, where no graph was recorded: measured as
 # what is left of a step of ResNet-50 at 256 x 256, whose 160 actions have one strip each.
-_LAUNCHES_PER_STRIP = 4
+_LAUNCHES_PER_STRIP = 20
 _FORWARD_PASSES = {"source": 2.0, "output": 2.0}
 _BACKWARD_PASSES = {"source": 5.0, "output": 3.0}
 

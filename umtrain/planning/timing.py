@@ -117,7 +117,6 @@ def time_passes(dtype: str, n_bytes: int, device: torch.device) -> Iterator[Pass
     small = x[:, :, : side // 2, : side // 2].contiguous(memory_format=torch.channels_last)
     one = x.nbytes
     other = torch.float32 if kind == torch.bfloat16 else torch.bfloat16
-    weights, changes, *moments = (_many_weights(one, device) for _ in range(4))
     passes: dict[str, tuple[Callable[[], Any], float]] = {
         "elementwise": (lambda: x + y, 3 * one),
         "in_place": (lambda: torch.relu_(x), 2 * one),
@@ -134,13 +133,10 @@ def time_passes(dtype: str, n_bytes: int, device: torch.device) -> Iterator[Pass
         "upsample": (lambda: _aten.upsample_nearest2d(small, [side, side]), one + small.nbytes),
         "cast": (lambda: x.to(other), one + x.numel() * other.itemsize),
     }
-    if kind == torch.float32:
-        passes["update"] = (
-            lambda: _adamw(weights, changes, moments),
-            7 * sum(w.nbytes for w in weights),
-        )
     for name, (run, moved) in passes.items():
         yield PassSample(name, dtype, int(moved), least_s(run, device))
+    if kind == torch.float32:
+        yield _time_update(one, device)
 
 
 def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -148,27 +144,34 @@ def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance:
     return functional.batch_norm(x, mean, variance, weight, bias, training=True)
 
 
-def _many_weights(n_bytes: int, device: torch.device) -> list[Tensor]:
-    """Return about `n_bytes` of the weights of convolutions, laid out as training has them."""
+def _time_update(n_bytes: int, device: torch.device) -> PassSample:
+    """Time AdamW's update of about `n_bytes` of weights, laid out as those of convolutions are."""
     weight = torch.ones(_UPDATED_SHAPE, device=device).to(memory_format=torch.channels_last)
-    return [weight.clone() for _ in range(max(1, n_bytes // weight.nbytes))]
-
-
-def _adamw(weights: list[Tensor], gradients: list[Tensor], moments: list[list[Tensor]]) -> None:
-    torch._fused_adamw_(
-        weights,
-        gradients,
-        *moments,
-        [],
-        [torch.ones((), device=weights[0].device) for _ in weights],
-        lr=1e-3,
-        beta1=0.9,
-        beta2=0.999,
-        weight_decay=0.0,
-        eps=1e-8,
-        amsgrad=False,
-        maximize=False,
+    n_weights = max(1, n_bytes // weight.nbytes)
+    weights, gradients, moments, squares = (
+        [weight.clone() for _ in range(n_weights)] for _ in range(4)
     )
+    steps = [torch.ones((), device=device) for _ in weights]
+
+    def run() -> None:
+        torch._fused_adamw_(
+            weights,
+            gradients,
+            moments,
+            squares,
+            [],
+            steps,
+            lr=1e-3,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    # Read: all four. Written: all but the gradients.
+    return PassSample("update", "fp32", 7 * n_weights * weight.nbytes, least_s(run, device))
 
 
 def least_s(run: Callable[[], Any], device: torch.device) -> float:
@@ -185,7 +188,10 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cpu":
         return _wall_s(run)
     _keep_busy(device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     start.record()
     for _ in range(_N_IN_A_ROW):
         run()
