@@ -15,6 +15,11 @@ STRATEGIES = (*HOOKED, "checkpoint")
 SHAPE = (2, 8, 48, 48)
 
 
+@pytest.fixture(autouse=True)
+def _everything_moves(room):
+    room(0)
+
+
 class Views(nn.Module):
     """Saves slices, transposes and expansions of one storage."""
 
@@ -189,8 +194,7 @@ def attached():
 
 
 @pytest.mark.parametrize("strategy", HOOKED)
-def test_differentiating_twice_is_refused(strategy, attached, room):
-    room(0)
+def test_differentiating_twice_is_refused(strategy, attached):
     model = LateResidual()
     x = torch.randn(SHAPE, requires_grad=True)
     with (
@@ -200,8 +204,9 @@ def test_differentiating_twice_is_refused(strategy, attached, room):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("strategy", ["checkpoint", "um"])
-def test_what_moves_nothing_differentiates_twice(strategy, attached):
+@pytest.mark.parametrize("strategy", ["checkpoint", "um", "um_group", "um_group_prefetch"])
+def test_what_moves_nothing_differentiates_twice(strategy, attached, room):
+    room(2**40)
     model = LateResidual()
     x = torch.randn(SHAPE, requires_grad=True)
 

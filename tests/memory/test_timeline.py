@@ -70,3 +70,15 @@ def test_the_picture_is_a_picture(traced):
 def test_a_strategy_that_never_ran_leaves_no_trace(tmp_path):
     memory.create("um", trace=tmp_path).close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_moves_nothing_shows_its_backward_too(tmp_path, room):
+    room(2**40)
+    model, x = nn.Conv2d(8, 8, 3), torch.randn(1, 8, 64, 64)
+    strategy = memory.create("um", trace=tmp_path)
+    strategy.prepare(model, x)
+    with strategy.step():
+        model(x).sum().backward()
+    strategy.close()
+    lanes = {span.lane for span in read_trace(tmp_path / "trace.json")}
+    assert lanes == {"forward", "backward"}

@@ -37,7 +37,8 @@ def _names(spans, lane):
     return list(dict.fromkeys(span.name for span in spans if span.lane == lane))
 
 
-def test_forward_visits_the_groups_and_backward_in_reverse(chain):
+def test_forward_visits_the_groups_and_backward_in_reverse(chain, room):
+    room(MAP_BYTES)
     _, spans = _run("um_group", chain)
     assert _names(spans, "forward") == ["0", "1", "2", "3", "4"]
     assert _names(spans, "backward") == ["4", "3", "2", "1", "0"]
@@ -86,7 +87,7 @@ def test_without_a_budget_nothing_moves(chain):
     stats = strategy.stats()
     assert (stats.swapped_out_bytes, stats.swapped_in_bytes) == (0, 0)
     assert stats.host_peak_bytes == 0
-    assert {span.lane for span in spans} == {"forward", "backward"}
+    assert {span.lane for span in spans} <= {"forward", "backward"}
 
 
 def test_the_tail_counts_shared_tensors_once():

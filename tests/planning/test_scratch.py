@@ -15,9 +15,11 @@ MIB = 2**20
 _aten = torch.ops.aten
 
 
-def an_operation(name, dtype="fp32", convolution=None, n_bytes=64 * MIB):
+def an_operation(name, dtype="fp32", convolution=None, n_bytes=64 * MIB, n_gradients=2):
     phase = "backward" if name.endswith("backward") else "forward"
-    return Operation(name, "", phase, dtype, 1.0, 2 * n_bytes, n_bytes, convolution)
+    flops = 0.0 if convolution is None else convolution.flops
+    flops *= n_gradients if phase == "backward" else 1
+    return Operation(name, "", phase, dtype, flops, 2 * n_bytes, n_bytes, convolution)
 
 
 def a_convolution(in_channels=CHANNELS, kernel=(3, 3), stride=(1, 1)):
@@ -49,13 +51,15 @@ def convolution_backward():
 
 @pytest.fixture
 def fresh_buffers():
-    before = set_freed_buffers(FreedBuffers.GIVE_BACK)
+    before, n_threads = set_freed_buffers(FreedBuffers.GIVE_BACK), torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
+    torch.set_num_threads(n_threads)
     set_freed_buffers(before)
 
 
 @pytest.mark.parametrize("make", [norm_backward, convolution_backward])
-def test_a_kernel_takes_what_is_said_beside_its_result(fresh_buffers, make):
+def test_a_kernel_touches_no_more_beside_its_result_than_is_said(fresh_buffers, make):
     run, operation = make()
     run()  # threads and compiled kernels are there from now on
     if not reset_peak_rss():
@@ -63,7 +67,8 @@ def test_a_kernel_takes_what_is_said_beside_its_result(fresh_buffers, make):
     before = process_status()["VmRSS"]
     results = [each for each in run() if each is not None]
     taken = process_status()["VmHWM"] - before - sum(each.nbytes for each in results)
-    assert taken == pytest.approx(max(scratch_bytes(operation, "cpu")), abs=6 * MIB)
+    half_a_map = 16 * MIB
+    assert taken <= max(scratch_bytes(operation, "cpu")) + half_a_map
 
 
 def test_a_convolution_of_few_channels_is_padded_in_bf16():
@@ -80,6 +85,8 @@ def test_a_strided_convolutions_source_gradient_takes_its_outputs_twice():
     output_bytes = 4 * CHANNELS * math.prod(convolution.output)
     backward = an_operation("convolution_backward", convolution=convolution)
     assert max(scratch_bytes(backward, "cpu")) == 2 * output_bytes
+    first = an_operation("convolution_backward", convolution=convolution, n_gradients=1)
+    assert max(scratch_bytes(first, "cpu")) < output_bytes
 
 
 def test_upsampling_copies_the_gradient_that_it_is_given_a_part_of():

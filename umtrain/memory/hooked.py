@@ -49,7 +49,7 @@ class HookedStrategy(Strategy):
     @contextmanager
     def _around_step(self) -> Generator[None]:
         self._tracker.start_step()
-        # A timeline shows what backward reads, which only the hooks see.
+        # Without hooks nothing sees which group backward reads, as a timeline shows it.
         is_followed = self._mover.is_needed or self.options.trace is not None
         # One thread: see Note: [Callbacks under the allocator's lock].
         with (

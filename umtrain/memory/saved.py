@@ -165,8 +165,8 @@ class SavedTensors:
     def _unpack(self, handle: _Handle) -> torch.Tensor:
         if torch.is_grad_enabled():
             raise ConfigError(
-                f"memory={self._name} cannot differentiate twice: backward ran with "
-                "create_graph=True; use memory=vanilla or memory=checkpoint for that"
+                f"memory={self._name} cannot differentiate twice what it moves: backward "
+                "ran with create_graph=True; use memory=vanilla or memory=checkpoint for that"
             )
         self._tracker.backward_reads(handle.group)
         return handle.load()

@@ -42,6 +42,11 @@ class GroupMover(Mover):
         self._blocks: list[list[weakref.ref[GroupBlock]]] = []
         tracker.on_backward_entry = self.page_in
 
+    @property
+    def is_needed(self) -> bool:
+        """See `Mover`."""
+        return self.pager.is_needed
+
     def start_step(self) -> None:
         """Forget the blocks of the step before."""
         self._blocks = [[] for _ in self.tracker.groups]
@@ -77,11 +82,11 @@ class GroupedUnifiedMemory(UnifiedMemory):
     """`um`, with backward executed group by group (the talk's "group execution")."""
 
     name: ClassVar[str] = "um_group"
+    _mover: GroupMover
 
     def _create_mover(self, model: nn.Module, measured: WorkingSets) -> Mover:
         super()._create_mover(model, measured)
-        self._mover = self._create_group_mover()
-        return self._mover
+        return self._create_group_mover()
 
     def _create_group_mover(self) -> GroupMover:
         return GroupMover(self._pager, self._tracker)

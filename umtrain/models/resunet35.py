@@ -20,10 +20,13 @@ Heatmaps are at half resolution: full resolution would double memory and time, a
 `umtrain.models.heatmap`) is far finer than a pixel, so it would add nothing.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
+from torch.nn import functional
 
 from umtrain.errors import ConfigError
 from umtrain.models.norm import NormLayer
@@ -78,8 +81,18 @@ class NearestUpsample(nn.Upsample):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, C, H, W) as (N, C, 2H, 2W)."""
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x)
+        return _enlarged(x, self)
+
+
+def _enlarged(x: Tensor, upsample: nn.Upsample) -> Tensor:
+    kind = x.device.type
+    without = torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext()
+    with without:
+        return functional.interpolate(x, scale_factor=upsample.scale_factor)
+
+
+# A tracer of torch.fx would follow it into what depends on the device.
+torch.fx.wrap("_enlarged")
 
 
 class ResUNet35(nn.Module):

@@ -56,7 +56,7 @@ from umtrain.planning.timing import (
 )
 
 _GENERIC_CPU = "generic_cpu"
-_VERSION = 5  # of what is measured: raised where another figure is added
+_VERSION = 5  # raised where another figure is measured, or one in another way
 # Seconds after which no further convolution of a precision is timed: one that the processor has
 # instructions for, and one that it imitates, tens of times slower.
 _CONVOLUTIONS_S = {True: 60.0, False: 10.0}
@@ -228,8 +228,9 @@ def calibrate(
         kind=kind,
         device_bytes=memory.device_bytes,
         host_bytes=memory.host_bytes,
-        out_bytes_per_s=link[0],
-        in_bytes_per_s=link[1],
+        out_bytes_per_s=link.out_bytes_per_s,
+        in_bytes_per_s=link.in_bytes_per_s,
+        link_busy_s_per_byte=link.busy_s_per_byte,
         memory_bytes_per_s=memory.bytes_per_s,
         matrix_flops_per_s={
             "bf16": matrix_rate("bf16", device, is_native=native_bf16),

@@ -82,7 +82,8 @@ class Profile:
 
     Rates are those of one device. `out_bytes_per_s` and `in_bytes_per_s` are the link's between
     device memory and where swapped data rests: pinned host memory, or the spill file of a machine
-    without a GPU, whose `device_bytes` is its RAM. `matrix_flops_per_s` is by dtype; `efficiency`
+    without a GPU, whose `device_bytes` is its RAM; a byte on the link costs the cores that compute
+    `link_busy_s_per_byte`. `matrix_flops_per_s` is by dtype; `efficiency`
     is a convolution's share of it by kind (`CONVOLUTIONS`), `backward_efficiency` the share of
     the forward speed that backward has; `pass_efficiency` (`PASSES`) is of
     `memory_bytes_per_s`. Samples of convolutions and passes, where a machine was calibrated, stand
@@ -106,6 +107,7 @@ class Profile:
     backward_efficiency: float = 1.0
     pass_efficiency: dict[str, float] = field(default_factory=dict)
     first_touch_s_per_byte: float = 0.0
+    link_busy_s_per_byte: float = 0.0
     n_devices: int = 1
     peer_bytes_per_s: float | None = None
     network_bytes_per_s: float | None = None

@@ -1,9 +1,10 @@
 """Memory that kernels take for themselves while they run: what they lay out anew.
 
 Read off all allocations of single kernels and of steps of ResNet-50 and ResUNet35, on maps in
-channels_last: without a GPU with torch 2.15 (oneDNN 3, two threads, AVX512 with AMX), on an H200
-with torch 2.11. Buffers are in units of an operation's own operands and results, as the tables
-below say. The rest are copies of weights, without a GPU one for each thread and one for their sum.
+channels_last: without a GPU with torch 2.15 (oneDNN 3, AVX512 with AMX), on an H200 with torch
+2.11. Buffers are in units of an operation's own operands and results, as the tables below say. The
+rest are copies of weights: in backward, without a GPU, one for each thread (there were two) and
+one for their sum.
 """
 
 import math
@@ -12,11 +13,11 @@ from umtrain.planning.step import Convolution, Operation
 
 _ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 _COPIES_OF_WEIGHTS = 3
-# A strided convolution's gradient of its source.
+# A strided convolution's gradient of its source takes that of its output.
 _COPIES_OF_GRADIENT = 2
 # In bf16 an image of few channels is padded: cuDNN to 8, oneDNN to four times what it is.
-_PADDED_CHANNELS, _PADDED_TIMES = 8, 4
-_FEW_CHANNELS = 4
+_PADDED_CHANNELS = 8
+_PADDED_TIMES, _PADDED_UP_TO = 4, 4
 
 
 def scratch_bytes(operation: Operation, device_kind: str) -> list[int]:
@@ -34,24 +35,28 @@ def scratch_bytes(operation: Operation, device_kind: str) -> list[int]:
 
 
 def _on_gpu(operation: Operation, convolution: Convolution) -> list[int]:
+    found = [_weight_bytes(operation, convolution)]
     n_in = convolution.in_channels
-    is_padded = operation.dtype == "bf16" and n_in < _PADDED_CHANNELS
-    padded_bytes = _PADDED_CHANNELS * _image_bytes(operation, convolution) // n_in
-    return [_weight_bytes(operation, convolution), padded_bytes if is_padded else 0]
+    if operation.dtype == "bf16" and n_in < _PADDED_CHANNELS:
+        found.append(_PADDED_CHANNELS * _image_bytes(operation, convolution) // n_in)
+    return found
 
 
 def _on_cpu(operation: Operation, convolution: Convolution) -> list[int]:
     weight_bytes = _weight_bytes(operation, convolution)
     output_bytes = math.prod(convolution.output) * convolution.out_channels * _item_bytes(operation)
     is_strided = math.prod(convolution.stride) > 1
-    if operation.name != "convolution":
-        of_source = _COPIES_OF_GRADIENT * output_bytes if is_strided else 0
-        return [_COPIES_OF_WEIGHTS * weight_bytes, of_source]
-    if operation.dtype != "bf16":
-        return [weight_bytes]
-    if convolution.in_channels <= _FEW_CHANNELS:
-        return [weight_bytes, _PADDED_TIMES * _image_bytes(operation, convolution)]
-    return [weight_bytes, output_bytes if is_strided else 0]
+    if operation.phase == "backward":
+        found = [_COPIES_OF_WEIGHTS * weight_bytes]
+        if is_strided and operation.has_source_gradient:
+            found.append(_COPIES_OF_GRADIENT * output_bytes)
+        return found
+    found = [weight_bytes]
+    if operation.dtype == "bf16" and convolution.in_channels <= _PADDED_UP_TO:
+        found.append(_PADDED_TIMES * _image_bytes(operation, convolution))
+    elif operation.dtype == "bf16" and is_strided:
+        found.append(output_bytes)
+    return found
 
 
 def _item_bytes(operation: Operation) -> int:

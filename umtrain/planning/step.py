@@ -1,5 +1,6 @@
 """What one training step does, operation by operation: all that the planner knows of a network."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -19,6 +20,12 @@ class Convolution:
     groups: int
     output: tuple[int, ...]  # its batch and spatial sizes, rows first
 
+    @property
+    def flops(self) -> float:
+        """Return the multiplications and additions of a forward run."""
+        per_output = 2 * self.in_channels // self.groups * math.prod(self.kernel)
+        return float(per_output * self.out_channels * math.prod(self.output))
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -36,6 +43,12 @@ class Operation:
     read_bytes: int
     written_bytes: int
     convolution: Convolution | None = None
+
+    @property
+    def has_source_gradient(self) -> bool:
+        """Return whether it is a convolution's backward that finds its source's gradient too."""
+        shape = self.convolution
+        return shape is not None and self.phase == "backward" and self.flops > 1.5 * shape.flops
 
 
 class Save(NamedTuple):

@@ -20,10 +20,9 @@ from umtrain.planning.swapping import Link, swapped
 from umtrain.planning.usage import Stay, Usage, kept, resident_bytes, stay_of, step_allocations
 from umtrain.streaming.storage import ALIGNMENT_BYTES
 
-# What a transfer costs the computing cores without a GPU: handing it to an I/O thread, and direct
-# I/O (measured: 200 transfers add 0.12 s to a step of ResNet-50 at 256 pixels; positioned.py).
+# What handing a transfer to an I/O thread costs the computing cores without a GPU (measured: 200
+# transfers add 0.12 s to a step of ResNet-50 at 256 pixels); its bytes cost the profile's.
 _TRANSFER_S = 6e-4
-_DIRECT_IO_S_PER_BYTE = 0.03 / 2**30
 # The same with a GPU, in launches of a kernel: a hook, two events and a copy. It counts where what
 # launches is slower than the GPU. From one machine (an H200: 220 transfers take ResNet-50 at 512
 # pixels from 26 to 47 ms); the H100 of the README, whose processor was slower, took more.
@@ -168,7 +167,7 @@ def _swapped(
         launching_s = n_launches * profile.launch_s
         return replace(usage, extra_s=max(0.0, launching_s - sum(seconds) - usage.stall_s))
     moved_bytes = usage.out_bytes + usage.in_bytes
-    extra_s = n_transfers * _TRANSFER_S + moved_bytes * _DIRECT_IO_S_PER_BYTE
+    extra_s = n_transfers * _TRANSFER_S + moved_bytes * profile.link_busy_s_per_byte
     largest_bytes = setting.subject.measured().largest_saved_bytes
     return replace(usage, extra_s=extra_s, limited_holes_of=largest_bytes)
 

@@ -5,12 +5,14 @@ only makes a run longer. On a GPU a run is one of several that wait in its queue
 so that kernels are timed, not their launches.
 """
 
+import math
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +21,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from umtrain.memory.io_threads import start_io_threads
 from umtrain.memory.positioned import PositionedFile
 from umtrain.planning.profile import CompositionSample, ConvolutionSample, PassSample, Profile
 from umtrain.planning.seconds import kernel_seconds
-from umtrain.planning.step import Convolution, StepTrace
+from umtrain.planning.step import Convolution, Operation, StepTrace
 from umtrain.planning.tracing import trace_step
 from umtrain.streaming.storage import ALIGNMENT_BYTES
 
 _aten = torch.ops.aten
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PASS_BYTES = (2 * 2**20, 2**27)  # in a processor's cache, and far out of it
-_FEWEST_TIMES, _MOST_TIMES, _ENOUGH_S = 2, 6, 1.0
+_MOST_TIMES, _ENOUGH_S = 6, 0.5
 _PROBE_BYTES = 2**28
 _N_FRESH = 10
 _N_IN_A_ROW = 8
-_BUSY_SIDE, _N_BUSY = 4096, 2
+_BUSY_SIDE, _BUSY_S = 2048, 5e-3
 _CHANNELS = 128  # of maps that are passed over: ResNet-50 has 64 to 2048
-_FEW_CHANNELS = 64
 _UPDATED_SHAPE = 256, 256, 3, 3
-_N_BLOCKS, _SMALL_PX, _N_LAUNCHING = 20, 4, 10
+_N_BLOCKS, _SMALL_PX, _LAUNCHED_CHANNELS = 20, 4, 64
 # Bottlenecks of ResNet-50, pixels a side and how many: whose maps fit in a processor's cache, and
 # whose maps do not; on a GPU maps that take longer to compute than to launch.
 COMPOSED = {"cpu": ((64, 6), (256, 3)), "cuda": ((1024, 2),)}
 _BOTTLENECK_CHANNELS = 256
+_COMPUTED_PX = 128
+_OF_THE_LOSS = {"sum", "ones_like"}
 
 
 def distinct_convolutions(steps: Iterable[StepTrace]) -> list[tuple[Convolution, bool]]:
@@ -52,19 +56,9 @@ def distinct_convolutions(steps: Iterable[StepTrace]) -> list[tuple[Convolution,
             shape = operation.convolution
             if shape is None or operation.phase != "backward":
                 continue
-            flops = _flops(shape)
-            with_gradient[shape] = with_gradient.get(shape, False) or operation.flops > 1.5 * flops
+            has_source_gradient = with_gradient.get(shape, False) or operation.has_source_gradient
+            with_gradient[shape] = has_source_gradient
     return list(with_gradient.items())
-
-
-def _flops(shape: Convolution) -> float:
-    per_output = 2 * shape.in_channels // shape.groups
-    for side in shape.kernel:
-        per_output *= side
-    n_outputs = shape.out_channels
-    for side in shape.output:
-        n_outputs *= side
-    return float(per_output * n_outputs)
 
 
 def time_convolution(
@@ -94,7 +88,7 @@ def time_convolution(
         wanted = [has_source_gradient, True, False]
         _aten.convolution_backward(dy, x, weight, None, *geometry, wanted)
 
-    flops = _flops(shape)
+    flops = shape.flops
     yield ConvolutionSample(dtype, "forward", shape, flops, least_s(forward, device))
     twice = 2.0 if has_source_gradient else 1.0
     yield ConvolutionSample(dtype, "backward", shape, twice * flops, least_s(backward, device))
@@ -177,10 +171,16 @@ def _time_update(n_bytes: int, device: torch.device) -> PassSample:
 def least_s(run: Callable[[], Any], device: torch.device) -> float:
     """Return the least seconds of a few runs of `run`, after one that is left out."""
     _seconds(run, device)
-    found = [_seconds(run, device) for _ in range(_FEWEST_TIMES)]
+    found = [_seconds(run, device)]
     while len(found) < _MOST_TIMES and sum(found) < _ENOUGH_S:
         found.append(_seconds(run, device))
     return min(found)
+
+
+def _median_s(run: Callable[[], Any]) -> float:
+    """Return the median seconds of a few runs, after one that is left out."""
+    run()
+    return statistics.median(_wall_s(run) for _ in range(_MOST_TIMES))
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -209,8 +209,21 @@ def _wall_s(run: Callable[[], Any]) -> float:
 def _keep_busy(device: torch.device) -> None:
     """Give a GPU some milliseconds of work, while which runs can be put into its queue."""
     a = torch.ones(_BUSY_SIDE, _BUSY_SIDE, device=device)
-    for _ in range(_N_BUSY):
+    for _ in range(_n_products(device)):
         a @ a
+
+
+@cache
+def _n_products(device: torch.device) -> int:
+    """Return how many products keep a GPU busy for long enough."""
+    a = torch.ones(_BUSY_SIDE, _BUSY_SIDE, device=device)
+
+    def run() -> None:
+        for _ in range(_N_IN_A_ROW):
+            a @ a
+        torch.cuda.synchronize(device)
+
+    return math.ceil(_BUSY_S / (_median_s(run) / _N_IN_A_ROW))
 
 
 def matrix_rate(dtype: str, device: torch.device, *, is_native: bool) -> float:
@@ -228,10 +241,10 @@ def launch_s(device: torch.device) -> float:
     """
     blocks = []
     for _ in range(_N_BLOCKS):
-        convolution = nn.Conv2d(_FEW_CHANNELS, _FEW_CHANNELS, 3, padding=1, bias=False)
-        blocks += [convolution, nn.BatchNorm2d(_FEW_CHANNELS), nn.ReLU(inplace=True)]
+        convolution = nn.Conv2d(_LAUNCHED_CHANNELS, _LAUNCHED_CHANNELS, 3, padding=1, bias=False)
+        blocks += [convolution, nn.BatchNorm2d(_LAUNCHED_CHANNELS), nn.ReLU(inplace=True)]
     model = nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
-    x = torch.ones(1, _FEW_CHANNELS, _SMALL_PX, _SMALL_PX, device=device)
+    x = torch.ones(1, _LAUNCHED_CHANNELS, _SMALL_PX, _SMALL_PX, device=device)
     x = x.to(memory_format=torch.channels_last)
 
     def run() -> None:
@@ -240,8 +253,7 @@ def launch_s(device: torch.device) -> float:
             torch.cuda.synchronize()
 
     n_operations = 2 * len(blocks)
-    run()
-    return statistics.median(_wall_s(run) for _ in range(_N_LAUNCHING)) / n_operations
+    return _median_s(run) / n_operations
 
 
 @dataclass(frozen=True)
@@ -276,17 +288,26 @@ def _fresh_fill_s() -> float:
     return _wall_s(lambda: fresh.fill_(1))
 
 
-def link_of_gpu(device: torch.device) -> tuple[float, float]:
-    """Return bytes/s from a GPU to pinned memory, and back."""
+@dataclass(frozen=True)
+class Link:
+    """Bytes/s out of device memory and back, and what a byte costs the cores that compute."""
+
+    out_bytes_per_s: float
+    in_bytes_per_s: float
+    busy_s_per_byte: float = 0.0
+
+
+def link_of_gpu(device: torch.device) -> Link:
+    """Return the link from a GPU to pinned memory."""
     pinned = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
     x = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=device)
     out_s = least_s(lambda: pinned.copy_(x, non_blocking=True), device)
     in_s = least_s(lambda: x.copy_(pinned, non_blocking=True), device)
-    return _PROBE_BYTES / out_s, _PROBE_BYTES / in_s
+    return Link(_PROBE_BYTES / out_s, _PROBE_BYTES / in_s)
 
 
-def spill_disk(folder: Path | None) -> tuple[float, float]:
-    """Return bytes/s of putting out to the spill file and getting back, as a strategy does it."""
+def spill_disk(folder: Path | None) -> Link:
+    """Return the link to the spill file: as strategies use it, beside a network that computes."""
     fresh = torch.ones(_PROBE_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8)
     start = -fresh.data_ptr() % ALIGNMENT_BYTES
     data = fresh[start : start + _PROBE_BYTES]
@@ -294,12 +315,40 @@ def spill_disk(folder: Path | None) -> tuple[float, float]:
         os.posix_fallocate(file.fileno(), 0, _PROBE_BYTES)
         spill = PositionedFile(file.fileno(), is_direct=True)
         try:
-            here = torch.device("cpu")
-            out_s = least_s(lambda: spill.write(0, data), here)
-            in_s = least_s(lambda: spill.read(0, data), here)
+            out_s, out_lost_s = _beside_computing(lambda: spill.write(0, data))
+            in_s, in_lost_s = _beside_computing(lambda: spill.read(0, data))
         finally:
             spill.close()
-    return _PROBE_BYTES / out_s, _PROBE_BYTES / in_s
+    lost_s = (out_lost_s + in_lost_s) / 2
+    return Link(_PROBE_BYTES / out_s, _PROBE_BYTES / in_s, lost_s / _PROBE_BYTES)
+
+
+def _beside_computing(transfer: Callable[[], Any]) -> tuple[float, float]:
+    """Return the seconds of a transfer while all cores compute, and what it costs these."""
+    layer = nn.Conv2d(_CHANNELS, _CHANNELS, 1).requires_grad_(False)
+    x = torch.ones(1, _CHANNELS, _COMPUTED_PX, _COMPUTED_PX)
+    x = x.to(memory_format=torch.channels_last)
+
+    def compute() -> None:
+        layer(x).add_(x)
+
+    alone_s = _median_s(compute)
+
+    def transfers() -> None:
+        for _ in range(_MOST_TIMES):
+            transfer()
+
+    with start_io_threads("calibration") as executor:
+        transfer()
+        start_s, n_computed = time.perf_counter(), 0
+        future = executor.submit(transfers)
+        while not future.done():
+            compute()
+            n_computed += 1
+        took_s = time.perf_counter() - start_s
+        future.result()
+    lost_s = max(0.0, took_s - n_computed * alone_s)
+    return took_s / _MOST_TIMES, lost_s / _MOST_TIMES
 
 
 def time_composition(
@@ -320,7 +369,7 @@ def time_composition(
     x = torch.empty(1, _BOTTLENECK_CHANNELS, side_px, side_px, device="meta")
     x = x.to(TORCH_DTYPES[dtype], memory_format=torch.channels_last)
     trace = trace_step(model, x, precision=dtype, loss=torch.sum)
-    operations = [each for each in trace.operations if each.phase != "optimizer"]
+    operations = [each for each in trace.operations if _is_of_blocks(each)]
     kernels_s = sum(kernel_seconds(each, profile) for each in operations)
     launching_s = len(operations) * profile.launch_s
     n_bytes = sum(each.read_bytes + each.written_bytes for each in operations)
@@ -346,3 +395,8 @@ def time_composition(
     if together_s <= 0:
         return None
     return CompositionSample(dtype, n_bytes // len(operations), together_s / kernels_s)
+
+
+def _is_of_blocks(operation: Operation) -> bool:
+    """Return whether it is timed with the blocks: no update, and no loss."""
+    return operation.phase != "optimizer" and operation.name not in _OF_THE_LOSS

@@ -263,7 +263,8 @@ def _module_is_streamable(module: nn.Module) -> bool:
 
 def _is_upsampling(module: nn.Module) -> bool:
     """Return whether a module enlarges as torch's does; one derived from it has to say so."""
-    return type(module) is nn.Upsample or hasattr(module, "keeps_dtype")
+    is_known = type(module) is nn.Upsample or getattr(module, "keeps_dtype", False)
+    return isinstance(module, nn.Upsample) and is_known
 
 
 def _describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
