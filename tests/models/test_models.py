@@ -1,11 +1,15 @@
 """What every model promises: its shape, its gradients, and a graph of plain layers."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from umtrain import models
 from umtrain.errors import ConfigError
+from umtrain.models.resunet35 import NearestUpsample
 
 NAMES = ("resnet50", "resnet101", "resunet35")
 GRAPH_LAYERS = (
@@ -112,6 +116,35 @@ def test_graph_of_layers_computes_what_the_model_does(name: str, norm: str) -> N
     assert all(isinstance(layer, GRAPH_LAYERS) for layer in called)
     image = torch.rand(1, 3, 64, 128)
     torch.testing.assert_close(traced(image), model(image), rtol=0, atol=0)
+
+
+@pytest.fixture
+def autocast_on_a_gpu() -> Iterator[None]:
+    """Cast as torch does on a GPU, on tensors without data."""
+    dtype = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    with FakeTensorMode():
+        yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", dtype)
+
+
+def test_upsampling_keeps_bf16_where_autocast_would_double_its_memory(
+    autocast_on_a_gpu: None,
+) -> None:
+    x = torch.empty(1, 2, 4, 6, device="cuda", dtype=torch.bfloat16)
+    assert nn.Upsample(scale_factor=2)(x).dtype == torch.float32
+    enlarged = NearestUpsample()(x)
+    assert (enlarged.dtype, enlarged.shape) == (torch.bfloat16, (1, 2, 8, 12))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_upsampling_is_torchs(device: str) -> None:
+    x = torch.randn(2, 3, 5, 7, device=device)
+    expected, enlarged = nn.Upsample(scale_factor=2)(x), NearestUpsample()(x)
+    assert enlarged.shape == expected.shape
+    assert device == "meta" or torch.equal(enlarged, expected)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resunet35"])

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 from umtrain.errors import ConfigError
+from umtrain.models.resunet35 import NearestUpsample
 from umtrain.streaming.module import Streamer
 from umtrain.streaming.running import Settings
 
@@ -138,6 +139,25 @@ def test_what_cannot_be_streamed_is_named_and_the_rest_streams_around_it(caplog)
     assert_close(gradients(other), gradients(model))
     assert "softmax" in caplog.text
     assert "before" not in caplog.text
+
+
+class Inverted(nn.Upsample):
+    """An enlargement of its own, whatever it is derived from."""
+
+    def forward(self, x):
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize(("layer", "is_streamed"), [(Inverted, False), (NearestUpsample, True)])
+def test_an_enlargement_streams_if_it_is_torchs_or_says_that_it_is(caplog, layer, is_streamed):
+    enlarge = layer(scale_factor=2) if layer is Inverted else layer()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), enlarge, nn.Conv2d(4, 4, 3, padding=1)).double()
+    other = copy.deepcopy(model)
+    with caplog.at_level("INFO", "umtrain"):
+        for forward in (model, streamed(other)):
+            forward(image()).square().sum().backward()
+    assert_close(gradients(other), gradients(model))
+    assert ("run whole" not in caplog.text) == is_streamed
 
 
 def test_a_network_with_nothing_to_stream_is_refused(model):
