@@ -283,9 +283,13 @@ def measure_memory(device: torch.device) -> Memory:
 
 
 def _fresh_fill_s() -> float:
-    """Return the seconds of filling fresh memory: a part of more than any heap keeps."""
-    fresh = torch.empty(_PROBE_BYTES + 2**30, dtype=torch.uint8)[:_PROBE_BYTES]
-    return _wall_s(lambda: fresh.fill_(1))
+    """Return the seconds of filling fresh memory, and of giving it back.
+
+    It is a part of more than any heap keeps.
+    """
+    return _wall_s(
+        lambda: torch.empty(_PROBE_BYTES + 2**30, dtype=torch.uint8)[:_PROBE_BYTES].fill_(1)
+    )
 
 
 @dataclass(frozen=True)
