@@ -151,7 +151,7 @@ def test_rows_are_spread_by_a_strategy_that_can():
 
 
 def test_with_measure_real_steps_decide(tmp_path, capsys):
-    words = ("memory=vanilla", "memory.device_budget=108MiB", f"out={tmp_path}")
+    words = ("memory=vanilla", "memory.device_budget=140MiB", f"out={tmp_path}")
     assert limits([*TRIAL, *words], Console()) == 0
     printed = capsys.readouterr().out
     document, largest = limits_of(tmp_path)
