@@ -83,12 +83,12 @@ class Profile:
     Rates are those of one device. `out_bytes_per_s` and `in_bytes_per_s` are the link's between
     device memory and where swapped data rests: pinned host memory, or the spill file of a machine
     without a GPU, whose `device_bytes` is its RAM; a byte on the link costs the cores that compute
-    `link_busy_s_per_byte`. `matrix_flops_per_s` is by dtype; `efficiency`
-    is a convolution's share of it by kind (`CONVOLUTIONS`), `backward_efficiency` the share of
-    the forward speed that backward has; `pass_efficiency` (`PASSES`) is of
-    `memory_bytes_per_s`. Samples of convolutions and passes, where a machine was calibrated, stand
-    before all of these; those of composition multiply what these give. `device_names` are parts of
-    the names that such a device gives itself.
+    `link_busy_s_per_byte`, and fresh memory, given back again, `first_touch_s_per_byte`.
+    `matrix_flops_per_s` is by dtype; `efficiency` is a convolution's share of it by kind
+    (`CONVOLUTIONS`), `backward_efficiency` the share of the forward speed that backward has;
+    `pass_efficiency` (`PASSES`) is of `memory_bytes_per_s`. Samples of convolutions and passes,
+    where a machine was calibrated, stand before all of these; those of composition multiply what
+    these give. `device_names` are parts of the names that such a device gives itself.
     """
 
     name: str

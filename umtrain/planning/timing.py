@@ -31,7 +31,7 @@ from umtrain.streaming.storage import ALIGNMENT_BYTES
 
 _aten = torch.ops.aten
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PASS_BYTES = (2 * 2**20, 2**27)  # in a processor's cache, and far out of it
+PASS_BYTES = (2 * 2**20, 2**27)  # in the cache of a core, and out of it
 _MOST_TIMES, _ENOUGH_S = 6, 0.5
 _PROBE_BYTES = 2**28
 _N_FRESH = 10
@@ -311,7 +311,7 @@ def link_of_gpu(device: torch.device) -> Link:
 
 
 def spill_disk(folder: Path | None) -> Link:
-    """Return the link to the spill file: as strategies use it, beside a network that computes."""
+    """Return the link to the spill file, used as strategies do, beside a layer that computes."""
     fresh = torch.ones(_PROBE_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8)
     start = -fresh.data_ptr() % ALIGNMENT_BYTES
     data = fresh[start : start + _PROBE_BYTES]
