@@ -144,7 +144,7 @@ class RunConfig:
     batch_size: int = _key("images (or patches) per batch", 1)
     epochs: int = _key("passes over the training split", 10)
     max_steps: int | None = _key("stop after this many steps; null: by epochs", None)
-    precision: str = _key("auto: bf16 where the processor has it, else fp32", "auto")
+    precision: str = _key("auto: bf16 where the device has it and gets it right, else fp32", "auto")
     device: str = _key("auto: the GPU if there is one", "auto")
     parallel: str = _key("several processes share the images, or the rows of each image", "data")
     seed: int = _key("seed of weights, order and augmentation", 0)

@@ -1,4 +1,4 @@
-"""What this machine can compute with: resolves device=auto and precision=auto."""
+"""What this machine can compute with: resolves device=auto."""
 
 import platform
 from collections.abc import Generator
@@ -24,13 +24,11 @@ def resolve_device(choice: str) -> torch.device:
     return torch.device(choice)
 
 
-def resolve_precision(choice: str, device: torch.device) -> str:
-    """Return fp32 or bf16; auto takes bf16 where the processor computes in it natively."""
-    if choice != "auto":
-        return choice
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether `device` computes in bf16 natively."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if cpu_has_bf16() else "fp32"
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return cpu_has_bf16()
 
 
 def cpu_has_bf16() -> bool:

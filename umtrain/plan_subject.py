@@ -27,6 +27,7 @@ from umtrain.planning.machine import free_profile
 from umtrain.planning.profile import Profile, load_profile
 from umtrain.planning.step import StepTrace
 from umtrain.planning.subject import Subject
+from umtrain.precision import choose_precision
 from umtrain.training import input_dtype
 
 _HERE = ("auto", "cpu", "cuda")
@@ -167,9 +168,7 @@ def timed_steps(device: torch.device) -> list[StepTrace]:
 
 def make_planned(config: RunConfig, profile: Profile) -> Planned:
     """Return what to plan for `config`; its network has no images and never computes."""
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if profile.native_bf16 else "fp32"
+    precision = choose_precision(config, profile.kind, has_bf16=profile.native_bf16)
     with torch.device("meta"):
         model = tasks.without_images(config).create_model()
     # No weight is ever read, nor written: what is reserved for them takes no memory.

@@ -23,9 +23,9 @@ from umtrain.data.labels import LabelledManifest, positive_class
 from umtrain.data.manifest import Kind, Split, is_present, read_manifest
 from umtrain.device import (
     device_name,
+    has_bf16,
     naming_device_failures,
     resolve_device,
-    resolve_precision,
 )
 from umtrain.errors import ConfigError, DataError, Interrupted, RunError
 from umtrain.lock import run_lock
@@ -39,6 +39,7 @@ from umtrain.parallel.scratch import run_dir_of_rank
 from umtrain.parallel.world import alone, world
 from umtrain.planning.host import Readers, check_run
 from umtrain.planning.subject import Subject
+from umtrain.precision import bf16_fault, choose_precision
 from umtrain.randomness import seed_all
 from umtrain.report import html
 from umtrain.report.record import Record, read_record, write_record
@@ -72,9 +73,7 @@ def fit(config: RunConfig, console: Console) -> Path:
     check_logger(config.logger)
     recycle_large_buffers()
     device = resolve_device(config.device)
-    config = dataclasses.replace(
-        config, device=device.type, precision=resolve_precision(config.precision, device)
-    )
+    config = _on(device, config, console)
     with (
         StopRequest(config.signal_grace_s) as stop,
         run_dir_of_rank(lambda: choose_run_dir(config)) as run_dir,
@@ -199,9 +198,7 @@ def _evaluate_in(run_dir: Path, split: Split, changes: dict[str, Any], console: 
     record = read_record(run_dir)
     config = read_run_config(run_dir, changes)
     device = resolve_device(config.device)
-    config = dataclasses.replace(
-        config, device=device.type, precision=resolve_precision(config.precision, device)
-    )
+    config = _on(device, config, console)
     manifest = _read_manifest(config)
     if manifest.sha256 != record["data"].get("manifest_sha256"):
         raise ConfigError(
@@ -220,6 +217,16 @@ def _evaluate_in(run_dir: Path, split: Split, changes: dict[str, Any], console: 
         _evaluate_split(task, split, device, run_dir, record, console, config.cases)
     if world().is_main:
         _publish(run_dir, record, console)
+
+
+def _on(device: torch.device, config: RunConfig, console: Console) -> RunConfig:
+    """Return `config` with its device and its precision resolved; say why auto is not bf16."""
+    native = has_bf16(device)
+    precision = choose_precision(config, device.type, has_bf16=native)
+    fault = bf16_fault(config, device.type)
+    if native and fault is not None and config.precision == "auto":
+        console.say(f"precision=auto takes fp32: {fault}")
+    return dataclasses.replace(config, device=device.type, precision=precision)
 
 
 def _with_manifest(

@@ -60,16 +60,17 @@ def train(config: RunConfig, n_steps: int) -> dict[str, Any]:
     import torch
 
     from umtrain import tasks
-    from umtrain.device import resolve_device, resolve_precision
+    from umtrain.device import has_bf16, resolve_device
     from umtrain.memory.allocator import recycle_large_buffers
     from umtrain.optimization import create_optimizer
     from umtrain.planning.tracing import mean_square
+    from umtrain.precision import choose_precision
     from umtrain.runner import create_strategy
     from umtrain.training import autocast, input_dtype
 
     recycle_large_buffers()
     device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
+    precision = choose_precision(config, device.type, has_bf16=has_bf16(device))
     torch.manual_seed(config.seed)
     task = tasks.without_images(config)
     model = task.create_model().to(device)

@@ -160,6 +160,19 @@ def test_radiographs_train_to_an_error_in_mm(radiographs, umtrain, tmp_path):
     assert {"c7_x_true", "s1_y_pred", "sva_true_mm", "sva_pred_mm", "mm_per_px"} <= set(row)
 
 
+@pytest.mark.parametrize("command", ["fit", "plan"])
+def test_bf16_is_refused_where_processors_compute_it_wrongly(
+    command, radiographs, umtrain, tmp_path
+):
+    words = ("dataset=spine", "res=128", f"dataset.manifest={radiographs}", "precision=bf16")
+    device = {"fit": "cpu", "plan": "generic_cpu"}[command]
+    done = umtrain(command, *words, f"device={device}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "resunet35 makes such a map of 64 columns" in done.stderr
+    assert "use precision=fp32" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def _rewritten(slides, target, **changes):
     """Write the slides' manifest to `target`, cells changed by `column=function(value)`."""
     with slides.open() as stream:

@@ -174,3 +174,27 @@ def test_max_pooling_keeps_a_lone_response_at_any_size_and_average_dilutes_it() 
     assert pools["max"](feature_maps)[1].item() == 1.0
     assert pools["avg"](feature_maps)[1].item() == pytest.approx(1 / 64**2)
     assert pools["avgmax"](feature_maps)[1].item() == pytest.approx((1 + 1 / 64**2) / 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_maps_have_several_columns_of_images_wider_than_the_total_stride(name):
+    stride = models.total_stride(name)
+    step = stride if name == "resunet35" else 1
+    with FakeTensorMode():
+        model = create(name)
+        assert _fewest_columns(model, stride) == 1
+        assert _fewest_columns(model, stride + step) == 2
+
+
+def _fewest_columns(model: nn.Module, n_columns: int) -> int:
+    """Return the columns of the narrowest map that a convolution of `model` makes."""
+    found = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: found.append(output.shape[-1]))
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
+    model(torch.empty(1, 3, 128, n_columns))
+    for hook in hooks:
+        hook.remove()
+    return min(found)

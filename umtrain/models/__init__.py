@@ -1,4 +1,11 @@
-"""The networks: plain modules, which know nothing of memory."""
+"""The networks: plain modules, which know nothing of memory.
+
+# Note: [One column in bf16]
+With torch 2.15 (oneDNN 3.13) on a processor with AVX512-BF16 or AMX, a convolution of stride 2, of
+3×3 or 7×7, whose output has one column reads memory that no one wrote: in its forward pass, in
+its weights' gradient, or in both, by the input's size. So on processors an input needs more
+columns than the network's total stride.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +23,7 @@ from umtrain.models.pretrained import load_pretrained
 class _Entry:
     build: Callable[[int, int, NormLayer, str | None], nn.Module]
     head: str
+    total_stride: int
     n_dims: int = 2
 
 
@@ -26,11 +34,11 @@ def _resunet35(in_channels: int, n_outputs: int, norm: NormLayer, pool: str | No
 
 
 _REGISTRY = {
-    "resnet50": _Entry(resnet.resnet50, resnet.HEAD),
-    "resnet101": _Entry(resnet.resnet101, resnet.HEAD),
-    "resnet18_3d": _Entry(resnet3d.resnet18_3d, resnet3d.HEAD, n_dims=3),
-    "resnet101_3d": _Entry(resnet3d.resnet101_3d, resnet3d.HEAD, n_dims=3),
-    "resunet35": _Entry(_resunet35, resunet35.HEAD),
+    "resnet50": _Entry(resnet.resnet50, resnet.HEAD, resnet.TOTAL_STRIDE),
+    "resnet101": _Entry(resnet.resnet101, resnet.HEAD, resnet.TOTAL_STRIDE),
+    "resnet18_3d": _Entry(resnet3d.resnet18_3d, resnet3d.HEAD, resnet3d.TOTAL_STRIDE, n_dims=3),
+    "resnet101_3d": _Entry(resnet3d.resnet101_3d, resnet3d.HEAD, resnet3d.TOTAL_STRIDE, n_dims=3),
+    "resunet35": _Entry(_resunet35, resunet35.HEAD, resunet35.SIZE_MULTIPLE),
 }
 
 
@@ -53,10 +61,22 @@ def create(
 
     Raises ConfigError for an unknown name or option, and for a file that does not fit.
     """
-    if name not in _REGISTRY:
-        raise ConfigError(f"model={name} is unknown; choose one of {', '.join(_REGISTRY)}")
-    entry = _REGISTRY[name]
+    entry = _entry(name)
     model = entry.build(in_channels, n_outputs, norm_layer(norm, entry.n_dims), pool)
     if pretrained is not None:
         load_pretrained(model, pretrained, entry.head)
     return model
+
+
+def total_stride(name: str) -> int:
+    """Return how many columns of the input one column of the network's smallest map stands for.
+
+    Raises ConfigError for an unknown name.
+    """
+    return _entry(name).total_stride
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _REGISTRY:
+        raise ConfigError(f"model={name} is unknown; choose one of {', '.join(_REGISTRY)}")
+    return _REGISTRY[name]

@@ -10,6 +10,7 @@ from umtrain.errors import ConfigError
 from umtrain.models.norm import NormLayer
 
 HEAD = "fc"
+TOTAL_STRIDE = 32
 
 # Where the last feature map lies on the image: position i is centred on pixel 32 * i, that is on
 # 32 * i + 0.5 where a pixel covers [i, i + 1). Paddings are symmetric, so each stride starts at 0.

@@ -11,6 +11,7 @@ from umtrain.models.norm import NormLayer
 from umtrain.models.resnet import create_pool
 
 HEAD = "fc"
+TOTAL_STRIDE = 32
 
 # Slices, rows and columns that a position of the last feature map stands for. Paddings are
 # symmetric, so position i is centred on voxel i * stride.

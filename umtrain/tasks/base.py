@@ -119,6 +119,19 @@ class Task(ABC):
         """Rows and columns of the network's input; of volumes slices first."""
 
     @property
+    def bf16_fault_of_processors(self) -> str | None:
+        """Why a processor's results for this network and input are wrong in bf16; None: right."""
+        columns, stride = self.input_shape[-1], models.total_stride(self.config.model.name)
+        if columns > stride:
+            return None
+        # Note: [One column in bf16] in umtrain/models/__init__.py
+        return (
+            f"on processors torch's convolutions in bf16 give wrong numbers for maps of one "
+            f"column, and {self.config.model.name} makes such a map of {columns} columns "
+            f"(more than {stride} are needed)"
+        )
+
+    @property
     def memory_format(self) -> torch.memory_format:
         """Channels-last, of images or of volumes: how inputs and weights lie."""
         return torch.channels_last if len(self.input_shape) == 2 else torch.channels_last_3d

@@ -17,7 +17,6 @@ from umtrain.data.manifest import Manifest, Split, Volume
 from umtrain.data.volume_augment import VolumeAugment
 from umtrain.data.volume_dataset import VolumeDataset
 from umtrain.data.volume_grid import Grid, HounsfieldWindow
-from umtrain.errors import ConfigError
 from umtrain.tasks.base import Batch
 from umtrain.tasks.classification import ClassificationTask
 
@@ -34,11 +33,11 @@ class VolumeTask(ClassificationTask):
     def __init__(self, config: RunConfig, manifest: Manifest[Volume]) -> None:
         super().__init__(config, manifest)
         self.volumes = manifest
-        if config.device == "cpu" and config.precision == "bf16":
-            raise ConfigError(
-                "precision=bf16: 3D convolutions in bf16 are wrong on processors in this torch; "
-                "use precision=fp32, or device=cuda"
-            )
+
+    @property
+    def bf16_fault_of_processors(self) -> str:
+        """3D convolutions are wrong."""
+        return "3D convolutions in bf16 are wrong on processors in this torch"
 
     @property
     def data_facts(self) -> dict[str, Any]:
