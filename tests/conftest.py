@@ -15,7 +15,7 @@ from umtrain.memory.allocator import recycle_large_buffers
 settings.register_profile("umtrain", deadline=None, derandomize=True)
 settings.load_profile("umtrain")
 # As in training: half of a worker's time would be page faults of fresh buffers.
-recycle_large_buffers()
+recycle_large_buffers("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import umtrain
 
 ROOT = Path(umtrain.__file__).parent
 # What each part of the house may know of the rest of it.
-GROUND = {"errors", "units", "files", "exchange", "processes"}
+GROUND = {"errors", "units", "files", "exchange", "processes", "compiler"}
 ALLOWED = {
     "data": GROUND | {"data", "console"},
     "models": GROUND | {"models"},

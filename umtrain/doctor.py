@@ -13,9 +13,9 @@ import torch
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
+from umtrain.compiler import c_compiler, cpp_compiler
 from umtrain.device import cpu_has_bf16, device_name
 from umtrain.errors import DeviceError
-from umtrain.streaming.kernels.native import c_compiler
 from umtrain.units import format_bytes
 
 _PROBE_BYTES = 256 * 2**20
@@ -38,7 +38,7 @@ def examine(spill_dir: Path | None = None) -> list[Finding]:
         _load(),
         _memory(),
         *_gpu(),
-        _compiler(),
+        *_compilers(),
         _spill_disk(folder),
         _openslide(),
         *(_codec(uid) for uid in (JPEGBaseline8Bit, JPEG2000Lossless, JPEGLSLossless, RLELossless)),
@@ -99,12 +99,16 @@ def _managed_memory() -> Finding:
     return Finding("managed memory", "concurrent managed access")
 
 
-def _compiler() -> Finding:
-    found = c_compiler()
-    if found is None:
-        advice = "memory=stream runs slower on the processor without one: install cc"
-        return Finding("C compiler", "none", advice)
-    return Finding("C compiler", found)
+def _compilers() -> list[Finding]:
+    lacking = {
+        "C compiler": "memory=stream runs slower on the processor without one: install cc",
+        "C++ compiler": "training on the processor takes up to twice the memory: install c++",
+    }
+    found = {"C compiler": c_compiler(), "C++ compiler": cpp_compiler()}
+    return [
+        Finding(name, path) if path else Finding(name, "none", lacking[name])
+        for name, path in found.items()
+    ]
 
 
 def _spill_disk(folder: Path) -> Finding:

@@ -71,8 +71,8 @@ def fit(config: RunConfig, console: Console) -> Path:
     """
     clock = RunClock()
     check_logger(config.logger)
-    recycle_large_buffers()
     device = resolve_device(config.device)
+    recycle_large_buffers(device.type)
     config = _on(device, config, console)
     with (
         StopRequest(config.signal_grace_s) as stop,

@@ -68,8 +68,8 @@ def train(config: RunConfig, n_steps: int) -> dict[str, Any]:
     from umtrain.runner import create_strategy
     from umtrain.training import autocast, input_dtype
 
-    recycle_large_buffers()
     device = resolve_device(config.device)
+    recycle_large_buffers(device.type)
     precision = choose_precision(config, device.type, has_bf16=has_bf16(device))
     torch.manual_seed(config.seed)
     task = tasks.without_images(config)

@@ -13,7 +13,7 @@ from umtrain.memory.allocator import HeapHoles, recycle_large_buffers
 from umtrain.memory.linux import rss_bytes
 
 MIB = 2**20
-recycle_large_buffers()
+recycle_large_buffers("cpu")
 holes = HeapHoles(largest_bytes=int(sys.argv[1]) * MIB)
 before = rss_bytes()
 buffers = [torch.ones(32 * MIB, dtype=torch.uint8) for _ in range(12)]

@@ -82,7 +82,7 @@ from umtrain.memory import linux
 from umtrain.memory.allocator import recycle_large_buffers
 
 torch.set_num_threads(1)
-recycle_large_buffers()
+recycle_large_buffers("cpu")
 pairs = [(torch.ones(2**21), torch.ones(2**14)) for _ in range(64)]
 between = [small for _, small in pairs]
 del pairs

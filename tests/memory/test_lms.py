@@ -83,7 +83,7 @@ from torch import nn
 from umtrain import memory
 from umtrain.memory.allocator import recycle_large_buffers
 
-recycle_large_buffers()
+recycle_large_buffers("cpu")
 model = nn.Sequential(*(nn.Tanh() for _ in range(6)))
 x = torch.randn(1, 16, 1024, 1024, requires_grad=True)
 strategy = memory.create("lms")

@@ -132,7 +132,7 @@ from umtrain import memory
 from umtrain.errors import OutOfMemoryError
 from umtrain.memory.allocator import giving_back, recycle_large_buffers
 
-recycle_large_buffers()
+recycle_large_buffers("cpu")
 torch.set_num_threads(1)
 layout = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
 
@@ -187,7 +187,7 @@ from torchvision.models import resnet18
 from umtrain import memory
 from umtrain.memory.allocator import recycle_large_buffers
 
-recycle_large_buffers()
+recycle_large_buffers("cpu")
 model, x = resnet18(), torch.randn(1, 3, 512, 512)
 strategy = memory.create("stream")
 strategy.prepare(model, x)

@@ -1,18 +1,21 @@
-"""What glibc's allocator does with large buffers that are freed: keep them, or hand them back.
+"""What becomes of large buffers that are freed: kept for the next ones, or handed back.
 
-By default it does something in between: buffers above a threshold that grows up to 32 MiB are
-mapped afresh, zeroed and faulted in, each time. Neither extreme is right for all:
+Where there is a C++ compiler torch's buffers come from a pool of pages (`PagePool`): with
+`RECYCLE` the next buffers get their pages, with `GIVE_BACK` the kernel, with `RECYCLE_STRIPS` the
+next ones up to 64 MiB. What others malloc, and torch's without the pool, is glibc's, which by
+default maps buffers above a threshold that grows up to 32 MiB afresh, zeroed and faulted in, each
+time. There the choices are:
 
-- `recycle`: freed buffers stay in the heap and are used again. No page faults, fastest where
-  memory is plenty; but large and small buffers share one heap, which fragments.
-- `give_back`: every buffer above 1 MiB is a mapping of its own, gone when freed. Device memory
+- `RECYCLE`: freed buffers stay in the heap and are used again. No page faults; but large and small
+  buffers share one heap, which fragments.
+- `GIVE_BACK`: every buffer above 1 MiB is a mapping of its own, gone when freed. Device memory
   in use is what is alive, nothing more; the price is a page fault per page per use.
-- `recycle_strips`: the former up to 64 MiB, the latter above. Strips come and go by the thousand;
+- `RECYCLE_STRIPS`: the former up to 64 MiB, the latter above. Strips come and go by the thousand;
   an image leaves a hole that small buffers would settle in, and the next image would not fit.
 
-Strategies that take time to save memory must not lose it to the heap: `HeapHoles`.
+Strategies that take time to save memory must not lose it to glibc's heap: `HeapHoles`.
 
-`scripts/bench_memory.py allocator` measures both on your machine.
+`scripts/bench_memory.py allocator` measures all of them on your machine.
 """
 
 from collections.abc import Callable, Generator
@@ -21,6 +24,7 @@ from enum import Enum
 
 from umtrain.memory import linux
 from umtrain.memory.linux import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, mallopt
+from umtrain.memory.page_pool import KEEP_ALL, PagePool, install_page_pool
 
 _LARGEST_HOLE_BYTES = 2**30
 _SMALLEST_HOLE_BYTES = 2**20
@@ -30,15 +34,16 @@ _ALLOWED_LARGEST_HOLES = 2
 
 
 class FreedBuffers(Enum):
-    """(M_MMAP_THRESHOLD, M_TRIM_THRESHOLD) in bytes; -1 never trims."""
+    """M_MMAP_THRESHOLD and M_TRIM_THRESHOLD (-1 never trims), and what the pool keeps, in bytes."""
 
-    GLIBC = (32 * 2**20, 64 * 2**20)
-    RECYCLE = (2**30, -1)
-    RECYCLE_STRIPS = (64 * 2**20, -1)
-    GIVE_BACK = (2**20, 2**20)
+    GLIBC = (32 * 2**20, 64 * 2**20, 0)
+    RECYCLE = (2**30, -1, KEEP_ALL)
+    RECYCLE_STRIPS = (64 * 2**20, -1, 64 * 2**20)
+    GIVE_BACK = (2**20, 2**20, 0)
 
 
 _current = FreedBuffers.GLIBC
+_pool: PagePool | None = None
 
 
 def set_freed_buffers(choice: FreedBuffers) -> FreedBuffers:
@@ -48,10 +53,19 @@ def set_freed_buffers(choice: FreedBuffers) -> FreedBuffers:
     """
     global _current
     before = _current
-    mmap_bytes, trim_bytes = choice.value
+    mmap_bytes, trim_bytes, kept_bytes = choice.value
     if mallopt(M_MMAP_THRESHOLD, mmap_bytes) and mallopt(M_TRIM_THRESHOLD, trim_bytes):
         _current = choice
+    if _pool is not None:
+        _pool.keep_up_to(kept_bytes)
     return before
+
+
+def give_back_free_memory() -> None:
+    """Give the kernel what the pool and the heap have free."""
+    if _pool is not None:
+        _pool.give_back()
+    linux.trim_heap()
 
 
 @contextmanager
@@ -65,7 +79,7 @@ def giving_back() -> Generator[None]:
 
 
 class HeapHoles:
-    """Keeps what a recycling heap holds beside what is alive small, at few page faults.
+    """Without a pool, keeps what a recycling heap holds beside what is alive small, at few page faults.
 
     # Note: [Holes that grow]
     # Small objects settle between freed buffers, so holes no longer fit the next buffer and the
@@ -83,6 +97,8 @@ class HeapHoles:
 
     def limit(self) -> None:
         """Give free pages back if the resident set has grown too much; for calling often."""
+        if _pool is not None:
+            return  # its pages fit the next buffer, whatever its size
         if _current is not FreedBuffers.RECYCLE or linux.rss_bytes() <= self._most_bytes:
             return
         linux.trim_heap()
@@ -105,7 +121,7 @@ def close_heap_holes() -> Callable[[], None]:
     1 MiB is a mapping of its own (with `GIVE_BACK`, which has to be chosen), so the kernel sees
     it. What is taken is never touched, and costs address space alone.
     """
-    linux.trim_heap()
+    give_back_free_memory()
     taken: list[int] = []
     n_bytes = _LARGEST_HOLE_BYTES
     while n_bytes >= _SMALLEST_HOLE_BYTES:
@@ -134,6 +150,12 @@ def _malloc_from_hole(n_bytes: int) -> int:
     return address
 
 
-def recycle_large_buffers() -> None:
-    """Keep freed buffers of up to 1 GiB in the heap; for the start of a process."""
-    set_freed_buffers(FreedBuffers.RECYCLE)
+def recycle_large_buffers(device_kind: str) -> FreedBuffers:
+    """Keep what is freed for the next buffers; for a process that trains. Returns the choice before.
+
+    On the CPU in the pool of pages; without that, and beside a GPU, in glibc's heap.
+    """
+    global _pool
+    if device_kind == "cpu":
+        _pool = install_page_pool()
+    return set_freed_buffers(FreedBuffers.RECYCLE)

@@ -10,8 +10,8 @@ from torch import nn
 
 from umtrain.errors import DeviceError, OutOfMemoryError
 from umtrain.exchange import NO_LINKS
-from umtrain.memory import linux
 from umtrain.memory.advice import strategies_needing_less
+from umtrain.memory.allocator import give_back_free_memory
 from umtrain.memory.budget import DeviceBudget, NoBudget, enforce_budget, is_out_of_memory
 from umtrain.memory.meters import create_meter
 from umtrain.memory.options import Options
@@ -103,7 +103,7 @@ class Strategy(ABC):
         """
         self._cleanup.close()
         # What the heap keeps for the next step is nobody's now: what comes next asks what is free.
-        linux.trim_heap()
+        give_back_free_memory()
         folder, self._trace_folder = self._trace_folder, None
         if folder is not None and self.trace.spans():
             from umtrain.memory.timeline import write_timeline

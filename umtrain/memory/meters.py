@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from umtrain.memory.linux import major_faults, process_status, reset_peak_rss, trim_heap
+from umtrain.memory.allocator import give_back_free_memory
+from umtrain.memory.linux import major_faults, process_status, reset_peak_rss
 from umtrain.memory.stats import MemoryStats
 from umtrain.memory.tensors import model_bytes
 
@@ -114,7 +115,7 @@ class CpuMeter(Meter):
 
     def mark_base(self, model: nn.Module) -> None:
         """See `Meter`."""
-        trim_heap()  # what the heap has free would count as in use
+        give_back_free_memory()  # what the heap has free would count as in use
         self._base_rss_bytes = process_status().get("VmRSS", 0) - model_bytes(model)
 
     def _start(self) -> None:

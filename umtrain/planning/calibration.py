@@ -26,8 +26,11 @@ import torch
 from umtrain.device import cpu_has_bf16, device_name
 from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.files import cache_folder, write_json
-from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
-from umtrain.memory.linux import trim_heap
+from umtrain.memory.allocator import (
+    give_back_free_memory,
+    recycle_large_buffers,
+    set_freed_buffers,
+)
 from umtrain.planning.profile import (
     CompositionSample,
     ConvolutionSample,
@@ -153,12 +156,12 @@ def _read(path: Path) -> Profile:
 @contextmanager
 def _as_in_training(device: torch.device) -> Iterator[None]:
     """Use freed buffers again inside the block, and leave nothing of it behind."""
-    before = set_freed_buffers(FreedBuffers.RECYCLE)
+    before = recycle_large_buffers(device.type)
     try:
         yield
     finally:
         set_freed_buffers(before)
-        trim_heap()
+        give_back_free_memory()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what is free is what plans are judged by
 

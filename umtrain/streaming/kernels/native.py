@@ -1,16 +1,11 @@
 """The passes over a strip in C, compiled by the machine's own compiler when first needed.
 
-The compiled file lies in the cache folder under a name that says what it was made from: source,
-compiler and processor. Without a compiler there are no native kernels, which is said once.
+Without a compiler there are no native kernels, which is said once.
 """
 
 import ctypes
-import hashlib
 import logging
-import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from umtrain.compiler import c_compiler, compiled, failure_of
 from umtrain.streaming.kernels import Affine, Kernels
 from umtrain.streaming.kernels.torch_ops import TorchKernels
 
@@ -36,57 +32,20 @@ def native_kernels() -> Kernels | None:
     """Return the compiled kernels, compiling them if need be; None, said once, if that fails."""
     # torch brings OpenMP's library; the compiled file finds it loaded and shares its threads.
     try:
-        return NativeKernels(ctypes.CDLL(str(compiled())))
+        return NativeKernels(ctypes.CDLL(str(_compiled())))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
         _log.info(
             "memory=stream: no compiled kernels (%s); PyTorch's own are used, which are slower. "
             "Install a C compiler (cc) to change that",
-            str(detail).strip().splitlines()[-1],
+            failure_of(error),
         )
         return None
 
 
-def c_compiler() -> str | None:
-    """Return the C compiler of this machine: $CC, cc or gcc."""
-    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-
-
-def compiled() -> Path:
+def _compiled() -> Path:
     """Return the compiled file; raises OSError or SubprocessError where it cannot be made."""
-    compiler = c_compiler()
-    if compiler is None:
-        raise FileNotFoundError("no C compiler found")
-    folder = Path(__file__).parent
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    made_from = hashlib.sha256(version + " ".join(_FLAGS).encode() + _processor())
-    for name in _SOURCES:
-        made_from.update((folder / name).read_bytes())
-    target = _cache_folder() / f"strip-{made_from.hexdigest()[:16]}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as made:
-            output = Path(made) / target.name
-            command = [compiler, *_FLAGS, str(folder / "strip.c"), "-o", str(output)]
-            subprocess.run(command, capture_output=True, check=True, text=True)
-            output.replace(target)  # several processes may do this at once; each is whole
-    return target
-
-
-def _processor() -> bytes:
-    """Return what tells processors apart, as a home folder may be shared by several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return b""
-    return "\n".join(sorted({x for x in lines if x.startswith(("flags", "Features"))})).encode()
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("UMTRAIN_CACHE"):
-        return Path(own) / "native"
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "umtrain" / "native"
+    sources = [Path(__file__).with_name(name) for name in _SOURCES]
+    return compiled(c_compiler(), sources, _FLAGS, [])
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
