@@ -9,7 +9,8 @@ Modes:
              and, with --cgroup DIR (memory and blkio cgroups that you may write to), under a
              hard limit; with the speed of the spill disk there (mode `disk`).
   timelines  what lms, um and um_group_prefetch move when, one below the other: --out PNG.
-  allocator  vanilla with freed buffers recycled, as glibc does, and given back.
+  allocator  vanilla with freed buffers' pages pooled as in training, kept in glibc's heap, as
+             glibc does by itself, and given back.
 
 Method: each cell is a process of its own; warm-up steps are left out; images/s is the mean over
 steps ± their standard deviation. Strategies take turns, in rounds that start at another one each
@@ -42,6 +43,7 @@ COLUMNS = {
     "checkpoint": ("checkpoint", {}),
     "vanilla": ("vanilla", {}),
 }
+POOL = "POOL"
 COMPARED = ("vanilla", "lms", "um_group_prefetch")
 SMALLEST_STEP_BYTES = 32 * 2**20
 STRATEGIES = ("vanilla", "vdnn", "lms", "um", "um_group", "um_group_prefetch", "checkpoint")
@@ -53,9 +55,12 @@ def run_cell(arguments: argparse.Namespace) -> dict[str, object]:
 
     from umtrain import memory, models
     from umtrain.errors import OutOfMemoryError
-    from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
+    from umtrain.memory.allocator import FreedBuffers, recycle_large_buffers, set_freed_buffers
 
-    set_freed_buffers(FreedBuffers[arguments.freed_buffers])
+    if arguments.freed_buffers == POOL:
+        recycle_large_buffers(arguments.device)
+    else:
+        set_freed_buffers(FreedBuffers[arguments.freed_buffers])
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = arguments.device
@@ -379,7 +384,7 @@ def disk(arguments: argparse.Namespace) -> dict[str, object]:
 
 def allocator(arguments: argparse.Namespace) -> dict[str, object]:
     rows = []
-    for choice in ("RECYCLE", "GLIBC", "GIVE_BACK"):
+    for choice in (POOL, "RECYCLE", "GLIBC", "GIVE_BACK"):
         cell = in_process_of_its_own(arguments, strategy="vanilla", freed_buffers=choice)
         rows.append({"freed_buffers": choice, **cell})
         print(f"{choice:10} {cell_text(cell)}", flush=True)
@@ -501,7 +506,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strategy", default="vanilla", help=argparse.SUPPRESS)
     parser.add_argument("--options", default="{}", help=argparse.SUPPRESS)
     parser.add_argument("--waits", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--freed-buffers", default="RECYCLE", help=argparse.SUPPRESS)
+    parser.add_argument("--freed-buffers", default=POOL, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

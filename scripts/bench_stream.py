@@ -33,12 +33,13 @@ from cells import run_cell_process, write_document
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# The strategy, and whether freed buffers are used again as in training.
 SIDES = {
-    "stock": ("vanilla", "GLIBC"),
-    "vanilla": ("vanilla", "RECYCLE"),
-    "checkpoint": ("checkpoint", "RECYCLE"),
-    "lms": ("lms", "RECYCLE"),
-    "stream": ("stream", "RECYCLE"),
+    "stock": ("vanilla", False),
+    "vanilla": ("vanilla", True),
+    "checkpoint": ("checkpoint", True),
+    "lms": ("lms", True),
+    "stream": ("stream", True),
 }
 LIGHTSTREAM = "lightstream"  # pip install --no-deps lightstream==1.0.7
 LARGEST_ORDINARY_RES = 3000
@@ -51,11 +52,12 @@ def cell(arguments: argparse.Namespace) -> dict[str, object]:
 
     from umtrain import memory, models
     from umtrain.errors import OutOfMemoryError
-    from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
+    from umtrain.memory.allocator import recycle_large_buffers
 
     is_lightstream = arguments.side == LIGHTSTREAM
-    strategy_name, freed_buffers = SIDES["vanilla" if is_lightstream else arguments.side]
-    set_freed_buffers(FreedBuffers[freed_buffers])
+    strategy_name, recycles = SIDES["vanilla" if is_lightstream else arguments.side]
+    if recycles:
+        recycle_large_buffers(arguments.device)
     device, res = arguments.device, arguments.res
     is_bf16 = arguments.precision == "bf16"
     torch.manual_seed(0)

@@ -198,6 +198,7 @@ def _evaluate_in(run_dir: Path, split: Split, changes: dict[str, Any], console: 
     record = read_record(run_dir)
     config = read_run_config(run_dir, changes)
     device = resolve_device(config.device)
+    recycle_large_buffers(device.type)
     config = _on(device, config, console)
     manifest = _read_manifest(config)
     if manifest.sha256 != record["data"].get("manifest_sha256"):

@@ -79,7 +79,7 @@ def giving_back() -> Generator[None]:
 
 
 class HeapHoles:
-    """Without a pool, keeps what a recycling heap holds beside what is alive small, at few page faults.
+    """Keeps what glibc's heap, without a pool, holds beside what is alive small, at few faults.
 
     # Note: [Holes that grow]
     # Small objects settle between freed buffers, so holes no longer fit the next buffer and the
@@ -151,9 +151,10 @@ def _malloc_from_hole(n_bytes: int) -> int:
 
 
 def recycle_large_buffers(device_kind: str) -> FreedBuffers:
-    """Keep what is freed for the next buffers; for a process that trains. Returns the choice before.
+    """Keep what is freed for the next buffers; in a process that trains.
 
-    On the CPU in the pool of pages; without that, and beside a GPU, in glibc's heap.
+    On the CPU in the pool of pages; without that, and beside a GPU, in glibc's heap. Returns the
+    choice before.
     """
     global _pool
     if device_kind == "cpu":

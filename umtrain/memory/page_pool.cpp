@@ -1,13 +1,10 @@
-// Memory for torch's tensors on the CPU: the pages of freed buffers move to the next buffer.
+// Memory for torch's tensors on the CPU: the pages of freed buffers move to where they are needed.
 //
-// glibc's heap hands addresses out again, so a hole serves what fits in it; here it is pages, and
-// those fit anywhere: a new buffer is a new range of addresses, to which the kernel moves pages of
-// freed ones (mremap), which costs neither a page fault nor a copy. What is resident is the most
-// that was ever alive at once, rounded up to units, and no more.
-//
-// Buffers come in two sizes with a pool of free ranges each: units of 2 MiB, huge pages where the
-// kernel has them, and units of 64 KiB. A pool that has too little gets fresh pages, and gives as
-// many of the other's back first. What is smaller than a mebibyte is malloc's.
+// As in any allocator a buffer gets the smallest free range that holds it, and freed neighbours
+// join. But where none is long enough, and another would grow, a new range of addresses is made of
+// several: the kernel moves their pages there (mremap), which costs neither a page fault nor a
+// copy. So what is resident is the most that was ever alive at once, rounded up to units. What is
+// smaller than a mebibyte is malloc's.
 
 #include <pthread.h>
 #include <sys/mman.h>
@@ -15,9 +12,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <list>
+#include <map>
 #include <mutex>
+#include <set>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include <c10/core/Allocator.h>
@@ -25,13 +24,11 @@
 namespace {
 
 constexpr size_t kLeastBytes = size_t{1} << 20;
-constexpr size_t kLargeBytes = size_t{4} << 20;
-constexpr size_t kSmallUnit = size_t{64} << 10;
-constexpr size_t kLargeUnit = size_t{2} << 20;
-constexpr size_t kAlignment = size_t{2} << 20;  // moves whole page tables, and holds huge pages
+constexpr size_t kUnit = size_t{512} << 10;
+constexpr size_t kAlignment = size_t{2} << 20;  // of new ranges: for huge pages
 constexpr size_t kMallocAlignment = 64;         // torch's own
 
-// What one call of mremap can move: pages that came here together.
+// What one call of mremap can move: pages that came to these addresses together.
 struct Piece {
   char* start;
   size_t n_bytes;
@@ -40,55 +37,109 @@ struct Piece {
 struct Range {
   char* start = nullptr;
   size_t n_bytes = 0;
-  std::vector<Piece> pieces;
+  std::vector<Piece> pieces;  // in the order of addresses
+
+  char* end() const { return start + n_bytes; }
 };
 
-struct Pool {
-  size_t unit;
-  std::list<Range> freed;  // the oldest first
-  size_t freed_bytes = 0;
+// Takes the last n_bytes off `range`.
+Range cut(Range& range, size_t n_bytes) {
+  range.n_bytes -= n_bytes;
+  Range tail{range.end(), n_bytes, {}};
+  while (!range.pieces.empty() && range.pieces.back().start >= tail.start) {
+    tail.pieces.push_back(range.pieces.back());
+    range.pieces.pop_back();
+  }
+  if (!range.pieces.empty()) {
+    Piece& last = range.pieces.back();
+    char* last_end = last.start + last.n_bytes;
+    if (last_end > tail.start) {
+      tail.pieces.push_back({tail.start, static_cast<size_t>(last_end - tail.start)});
+      last.n_bytes = tail.start - last.start;
+    }
+  }
+  std::reverse(tail.pieces.begin(), tail.pieces.end());
+  return tail;
+}
+
+// Free ranges, of which no two touch.
+class Pool {
+ public:
+  void add(Range range) {
+    auto after = by_start_.upper_bound(range.start);
+    if (after != by_start_.end() && range.end() == after->second.start) join(range, pop(after));
+    auto before = by_start_.lower_bound(range.start);
+    if (before != by_start_.begin() && (--before)->second.end() == range.start) {
+      Range joined = pop(before);
+      join(joined, std::move(range));
+      range = std::move(joined);
+    }
+    n_bytes_ += range.n_bytes;
+    by_size_.emplace(range.n_bytes, range.start);
+    char* start = range.start;
+    by_start_.emplace(start, std::move(range));
+  }
+
+  // Takes n_bytes in a row off the smallest range that has them; an empty range if none has.
+  Range take_in_a_row(size_t n_bytes) {
+    auto found = by_size_.lower_bound({n_bytes, nullptr});
+    if (found == by_size_.end()) return {};
+    Range range = pop(by_start_.find(found->second));
+    if (range.n_bytes > n_bytes) add(cut(range, range.n_bytes - n_bytes));
+    return range;
+  }
+
+  // Takes up to n_bytes off the largest range.
+  Range take_of_largest(size_t n_bytes) {
+    Range range = pop(by_start_.find(std::prev(by_size_.end())->second));
+    if (range.n_bytes <= n_bytes) return range;
+    Range tail = cut(range, n_bytes);
+    add(std::move(range));
+    return tail;
+  }
+
+  bool empty() const { return by_start_.empty(); }
+  size_t n_bytes() const { return n_bytes_; }
+
+ private:
+  using Starts = std::map<char*, Range>;
+
+  static void join(Range& range, Range next) {
+    range.n_bytes += next.n_bytes;
+    range.pieces.insert(range.pieces.end(), next.pieces.begin(), next.pieces.end());
+  }
+
+  Range pop(Starts::iterator found) {
+    Range range = std::move(found->second);
+    by_size_.erase({range.n_bytes, range.start});
+    by_start_.erase(found);
+    n_bytes_ -= range.n_bytes;
+    return range;
+  }
+
+  Starts by_start_;
+  std::set<std::pair<size_t, char*>> by_size_;
+  size_t n_bytes_ = 0;
 };
 
-std::mutex mutex;
-Pool small_pool{kSmallUnit, {}, 0};
-Pool large_pool{kLargeUnit, {}, 0};
-std::unordered_map<void*, Range> alive;
+// Never destroyed: Python frees its last tensors after C++ has destroyed what is static.
+std::mutex& mutex = *new std::mutex;
+Pool& pool = *new Pool;
+std::unordered_map<void*, Range>& alive = *new std::unordered_map<void*, Range>;
 size_t alive_bytes = 0;
-size_t fresh_bytes = 0;            // that the kernel was asked for so far
+size_t fresh_bytes = 0;              // that the kernel was asked for so far
 size_t kept_up_to_bytes = SIZE_MAX;  // larger buffers go back to the kernel when freed
 
-Pool& pool_of(size_t n_bytes) { return n_bytes >= kLargeBytes ? large_pool : small_pool; }
-
 void unmap(char* start, size_t n_bytes) {
-  if (n_bytes > 0) munmap(start, n_bytes);
-}
-
-// Takes up to n_bytes off the end of the oldest freed range's last piece; the pool is not empty.
-Piece take_oldest(Pool& pool, size_t n_bytes) {
-  Range& range = pool.freed.front();
-  Piece& last = range.pieces.back();
-  const size_t taken = std::min(last.n_bytes, n_bytes);
-  last.n_bytes -= taken;
-  range.n_bytes -= taken;
-  pool.freed_bytes -= taken;
-  const Piece piece{last.start + last.n_bytes, taken};
-  if (last.n_bytes == 0) range.pieces.pop_back();
-  if (range.pieces.empty()) pool.freed.pop_front();
-  return piece;
-}
-
-void give_back(Pool& pool, size_t n_bytes) {
-  size_t left = (n_bytes + pool.unit - 1) / pool.unit * pool.unit;
-  while (left > 0 && !pool.freed.empty()) {
-    const Piece piece = take_oldest(pool, left);
-    unmap(piece.start, piece.n_bytes);
-    left -= piece.n_bytes;
-  }
+  if (n_bytes == 0 || munmap(start, n_bytes) == 0) return;
+  madvise(start, n_bytes, MADV_DONTNEED);  // one mapping too many: without its pages, at least
 }
 
 void give_back_all() {
-  give_back(small_pool, small_pool.freed_bytes);
-  give_back(large_pool, large_pool.freed_bytes);
+  while (!pool.empty()) {
+    const Range range = pool.take_of_largest(SIZE_MAX);
+    unmap(range.start, range.n_bytes);
+  }
 }
 
 // Addresses alone: no memory, none of what limits count.
@@ -103,54 +154,53 @@ char* reserve(size_t n_bytes) {
   return start + lead;
 }
 
-bool map_fresh(char* start, size_t n_bytes, bool is_large) {
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
-  if (mmap(start, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) return false;
-  if (is_large) madvise(start, n_bytes, MADV_HUGEPAGE);  // a kernel without them has small ones
+// Has reserved addresses hold memory. Not by mapping over them: RLIMIT_DATA would not count that.
+bool make_fresh(char* start, size_t n_bytes) {
+  if (mprotect(start, n_bytes, PROT_READ | PROT_WRITE) != 0) return false;
+  madvise(start, n_bytes, MADV_HUGEPAGE);  // a kernel without them has small ones
   fresh_bytes += n_bytes;
+  return true;
+}
+
+// Moves the pages of `source` to start + filled, of which it moves the latter on; what is left of
+// `source` goes back to the kernel if that fails: too many mappings, say.
+bool move(const Range& source, char* start, size_t& filled, std::vector<Piece>& pieces) {
+  for (const Piece& piece : source.pieces) {
+    char* target = start + filled;
+    const int flags = MREMAP_MAYMOVE | MREMAP_FIXED;
+    if (mremap(piece.start, piece.n_bytes, piece.n_bytes, flags, target) == MAP_FAILED) {
+      unmap(piece.start, source.end() - piece.start);
+      return false;
+    }
+    pieces.push_back({target, piece.n_bytes});
+    filled += piece.n_bytes;
+  }
   return true;
 }
 
 // Returns an empty range if there is no memory.
 Range take(size_t n_bytes) {
-  Pool& pool = pool_of(n_bytes);
-  Pool& other = &pool == &large_pool ? small_pool : large_pool;
-  n_bytes = (n_bytes + pool.unit - 1) / pool.unit * pool.unit;
-  for (auto range = pool.freed.rbegin(); range != pool.freed.rend(); ++range) {
-    if (range->n_bytes == n_bytes) {
-      Range found = std::move(*range);
-      pool.freed.erase(std::next(range).base());
-      pool.freed_bytes -= n_bytes;
-      return found;
-    }
-  }
+  n_bytes = (n_bytes + kUnit - 1) / kUnit * kUnit;
+  Range range = pool.take_in_a_row(n_bytes);
+  if (range.start != nullptr) return range;
   char* start = reserve(n_bytes);
   if (start == nullptr) return {};
-  Range range{start, n_bytes, {}};
+  range = {start, n_bytes, {}};
   size_t filled = 0;
-  while (filled < n_bytes && !pool.freed.empty()) {
-    const Piece piece = take_oldest(pool, n_bytes - filled);
-    char* target = start + filled;
-    const int flags = MREMAP_MAYMOVE | MREMAP_FIXED;
-    if (mremap(piece.start, piece.n_bytes, piece.n_bytes, flags, target) == MAP_FAILED) {
-      unmap(piece.start, piece.n_bytes);  // too many mappings, say: fresh pages do as well
-      break;
-    }
-    range.pieces.push_back({target, piece.n_bytes});
-    filled += piece.n_bytes;
+  while (filled < n_bytes && !pool.empty()) {
+    if (!move(pool.take_of_largest(n_bytes - filled), start, filled, range.pieces)) break;
   }
-  if (filled == n_bytes) return range;
-  give_back(other, n_bytes - filled);
-  const Piece rest{start + filled, n_bytes - filled};
-  const bool is_large = &pool == &large_pool;
-  if (!map_fresh(rest.start, rest.n_bytes, is_large)) {
-    give_back_all();
-    if (!map_fresh(rest.start, rest.n_bytes, is_large)) {
-      unmap(start, n_bytes);
-      return {};
+  if (filled < n_bytes) {
+    const Piece rest{start + filled, n_bytes - filled};
+    if (!make_fresh(rest.start, rest.n_bytes)) {
+      give_back_all();  // if any is left: pages may not have moved
+      if (!make_fresh(rest.start, rest.n_bytes)) {
+        unmap(start, n_bytes);
+        return {};
+      }
     }
+    range.pieces.push_back(rest);
   }
-  range.pieces.push_back(rest);
   return range;
 }
 
@@ -175,9 +225,7 @@ bool free_buffer(void* start) {
   if (range.n_bytes > kept_up_to_bytes) {
     unmap(range.start, range.n_bytes);
   } else {
-    Pool& pool = pool_of(range.n_bytes);
-    pool.freed_bytes += range.n_bytes;
-    pool.freed.push_back(std::move(range));
+    pool.add(std::move(range));
   }
   return true;
 }
@@ -193,7 +241,7 @@ void* malloc_aligned(size_t n_bytes) {
 }
 
 void free_any(void* start) {
-  const bool is_aligned = reinterpret_cast<uintptr_t>(start) % kAlignment == 0;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(start) % kUnit == 0;
   if (start != nullptr && !(is_aligned && free_buffer(start))) free(start);
 }
 
@@ -213,7 +261,7 @@ struct PagePool final : c10::Allocator {
   }
 };
 
-PagePool page_pool;
+PagePool& page_pool = *new PagePool;
 
 void before_fork() { mutex.lock(); }
 void after_fork() { mutex.unlock(); }
@@ -246,7 +294,7 @@ void umtrain_give_back() {
 void umtrain_counts(size_t* counts) {
   const std::lock_guard<std::mutex> guard(mutex);
   counts[0] = alive_bytes;
-  counts[1] = small_pool.freed_bytes + large_pool.freed_bytes;
+  counts[1] = pool.n_bytes();
   counts[2] = fresh_bytes;
 }
 }

@@ -67,8 +67,7 @@ def plan_vanilla(setting: Setting) -> Usage:
 
 def plan_checkpoint(setting: Setting) -> Usage:
     """Groups run twice: a step of its own, traced under the strategy's own wrapping."""
-    usage = kept(setting.subject.recomputed(setting.options))
-    return replace(usage, limited_holes_of=setting.subject.measured().largest_saved_bytes)
+    return kept(setting.subject.recomputed(setting.options))
 
 
 def plan_placement(setting: Setting) -> Usage:
@@ -168,8 +167,7 @@ def _swapped(
         return replace(usage, extra_s=max(0.0, launching_s - sum(seconds) - usage.stall_s))
     moved_bytes = usage.out_bytes + usage.in_bytes
     extra_s = n_transfers * _TRANSFER_S + moved_bytes * profile.link_busy_s_per_byte
-    largest_bytes = setting.subject.measured().largest_saved_bytes
-    return replace(usage, extra_s=extra_s, limited_holes_of=largest_bytes)
+    return replace(usage, extra_s=extra_s)
 
 
 def _paged(setting: Setting, groups: Grouped | None) -> Usage:

@@ -9,7 +9,7 @@ from torch import nn
 from umtrain.errors import OutOfMemoryError
 from umtrain.memory.stream import choose_strip_bytes, maps_bytes, other_bytes, strips_bytes
 from umtrain.memory.tensors import batch_arguments
-from umtrain.planning.residence import PROCESS_BESIDE_HEAP_BYTES, process_bytes
+from umtrain.planning.residence import process_bytes
 from umtrain.planning.step import StepTrace
 from umtrain.planning.strategies import Setting
 from umtrain.planning.streaming_seconds import beside_streaming_seconds, streaming_seconds
@@ -162,5 +162,5 @@ def _beside_maps_bytes(setting: Setting, largest_map_bytes: int) -> int:
     strip_bytes = _strip_bytes(setting)
     strips = _STRIPS_AT_ONCE[kind] * min(strip_bytes, largest_map_bytes)
     strips += _KERNELS_BYTES[kind] if largest_map_bytes > strip_bytes else 0
-    process = PROCESS_BESIDE_HEAP_BYTES if kind == "cpu" else process_bytes(trace, kind)
-    return resident_bytes(trace, kind) + gradients + weights + strips + process
+    others = resident_bytes(trace, kind) + process_bytes(trace, kind)
+    return others + gradients + weights + strips

@@ -3,9 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from umtrain.planning.heap import Event
 from umtrain.planning.scratch import scratch_bytes
 from umtrain.planning.step import Allocation, StepTrace
+
+
+@dataclass(frozen=True)
+class Event:
+    """Buffer `buffer` is taken (n_bytes more than 0) or freed (0)."""
+
+    buffer: int
+    n_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,8 @@ class Usage:
 
     `stays` are buffers that an allocator hands out; `pages` are saved tensors on pages that the OS
     maps beside them. `stall_s` is what compute waits for copies or faults, `extra_s` work that
-    ordinary training has not. Where a strategy gives the heap's holes back, `limited_holes_of` is
-    the largest of its buffers: see `umtrain.memory.allocator.HeapHoles`. `least_stays` are what it
-    would keep under the least budget, where that is less.
+    ordinary training has not. `least_stays` are what it would keep under the least
+    budget, where that is less.
     """
 
     trace: StepTrace
@@ -36,7 +42,6 @@ class Usage:
     in_bytes: int = 0
     stall_s: float = 0.0
     extra_s: float = 0.0
-    limited_holes_of: int | None = None
     least_stays: list[Stay] | None = None
 
 
@@ -70,23 +75,18 @@ def resident_bytes(trace: StepTrace, device_kind: str) -> int:
     return sum(a.n_bytes for a in trace.allocations if a.kind in resident) + batch_bytes
 
 
-def events(usage: Usage, device_kind: str, least_bytes: int = 0) -> Iterator[list[Event]]:
-    """Yield, for each operation, its allocations and frees in order, scratch memory included.
-
-    Buffers up to `least_bytes` are left out.
-    """
+def events(usage: Usage, device_kind: str) -> Iterator[list[Event]]:
+    """Yield, for each operation, its allocations and frees in order, scratch memory included."""
     n_operations = len(usage.trace.operations)
     starting: list[list[int]] = [[] for _ in range(n_operations)]
     ending: list[list[int]] = [[] for _ in range(n_operations)]
     for index, stay in enumerate(usage.stays):
-        if stay.n_bytes > least_bytes:
-            starting[stay.first].append(index)
-            ending[stay.last].append(index)
+        starting[stay.first].append(index)
+        ending[stay.last].append(index)
     for position, operation in enumerate(usage.trace.operations):
         found = [Event(index, usage.stays[index].n_bytes) for index in starting[position]]
         for number, n_bytes in enumerate(scratch_bytes(operation, device_kind), 1):
-            if n_bytes > least_bytes:
-                found += [Event(-number, n_bytes), Event(-number)]
+            found += [Event(-number, n_bytes), Event(-number)]
         yield found + [Event(index) for index in ending[position]]
 
 
