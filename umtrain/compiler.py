@@ -50,8 +50,8 @@ def compiled(
 
 def failure_of(error: OSError | subprocess.SubprocessError) -> str:
     """Return one line that says why `compiled`, or the loading of what it made, failed."""
-    detail = getattr(error, "stderr", None) or error
-    return str(detail).strip().splitlines()[-1]
+    lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[-1])
 
 
 def _processor() -> bytes:

@@ -16,6 +16,7 @@ from pydicom.uid import UID, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless,
 from umtrain.compiler import c_compiler, cpp_compiler
 from umtrain.device import cpu_has_bf16, device_name
 from umtrain.errors import DeviceError
+from umtrain.memory.page_pool import install_page_pool
 from umtrain.units import format_bytes
 
 _PROBE_BYTES = 256 * 2**20
@@ -100,15 +101,17 @@ def _managed_memory() -> Finding:
 
 
 def _compilers() -> list[Finding]:
-    lacking = {
-        "C compiler": "memory=stream runs slower on the processor without one: install cc",
-        "C++ compiler": "training on the processor takes up to twice the memory: install c++",
-    }
-    found = {"C compiler": c_compiler(), "C++ compiler": cpp_compiler()}
-    return [
-        Finding(name, path) if path else Finding(name, "none", lacking[name])
-        for name, path in found.items()
-    ]
+    findings = []
+    found = c_compiler()
+    advice = "" if found else "memory=stream runs slower on the processor without one: install cc"
+    findings.append(Finding("C compiler", found or "none", advice))
+    found = cpp_compiler()
+    if found is not None and install_page_pool() is None:
+        found = f"{found}, but it does not make the page pool"
+    lacks = found is None or " but " in found
+    advice = "training on the processor takes more memory: install a c++ of C++20" if lacks else ""
+    findings.append(Finding("C++ compiler", found or "none", advice))
+    return findings
 
 
 def _spill_disk(folder: Path) -> Finding:

@@ -1,6 +1,7 @@
 """A budget that the kernel enforces: vanilla runs out of memory, the others train the same."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -109,9 +110,13 @@ strategy.close()
 
 
 @pytest.fixture(scope="module")
-def used_heap():
+def used_heap(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("no-pool")
     command = [sys.executable, "-c", _USED_HEAP_PROGRAM]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    without_pool = {"CXX": str(tmp_path / "no-compiler"), "UMTRAIN_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | without_pool
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

@@ -49,11 +49,14 @@ _pool: PagePool | None = None
 def set_freed_buffers(choice: FreedBuffers) -> FreedBuffers:
     """Choose for the whole process what happens to freed buffers; returns the choice before.
 
-    Where the C library is not glibc, nothing changes.
+    Where there is no pool and the C library is not glibc, nothing changes.
     """
     global _current
     before = _current
     mmap_bytes, trim_bytes, kept_bytes = choice.value
+    if _pool is not None:
+        # No tensor can use what lies in the heap.
+        mmap_bytes = min(mmap_bytes, FreedBuffers.RECYCLE_STRIPS.value[0])
     if mallopt(M_MMAP_THRESHOLD, mmap_bytes) and mallopt(M_TRIM_THRESHOLD, trim_bytes):
         _current = choice
     if _pool is not None:

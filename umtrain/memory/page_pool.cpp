@@ -3,8 +3,8 @@
 // As in any allocator a buffer gets the smallest free range that holds it, and freed neighbours
 // join. But where none is long enough, and another would grow, a new range of addresses is made of
 // several: the kernel moves their pages there (mremap), which costs neither a page fault nor a
-// copy. So what is resident is the most that was ever alive at once, rounded up to units. What is
-// smaller than a mebibyte is malloc's.
+// copy. So what is resident of buffers is the most that was ever alive at once, rounded up to units.
+// What is smaller than a mebibyte is malloc's.
 
 #include <pthread.h>
 #include <sys/mman.h>
@@ -14,12 +14,14 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <new>
 #include <set>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
 
 namespace {
 
@@ -42,6 +44,10 @@ struct Range {
   char* end() const { return start + n_bytes; }
 };
 
+// Mappings that all ranges are made of; the kernel allows a process some 65000 in all.
+size_t n_pieces = 0;
+constexpr size_t kMostPieces = 16384;
+
 // Takes the last n_bytes off `range`.
 Range cut(Range& range, size_t n_bytes) {
   range.n_bytes -= n_bytes;
@@ -56,6 +62,7 @@ Range cut(Range& range, size_t n_bytes) {
     if (last_end > tail.start) {
       tail.pieces.push_back({tail.start, static_cast<size_t>(last_end - tail.start)});
       last.n_bytes = tail.start - last.start;
+      ++n_pieces;
     }
   }
   std::reverse(tail.pieces.begin(), tail.pieces.end());
@@ -74,10 +81,15 @@ class Pool {
       join(joined, std::move(range));
       range = std::move(joined);
     }
-    n_bytes_ += range.n_bytes;
-    by_size_.emplace(range.n_bytes, range.start);
-    char* start = range.start;
-    by_start_.emplace(start, std::move(range));
+    const std::pair<size_t, char*> size{range.n_bytes, range.start};
+    by_size_.insert(size);
+    try {
+      by_start_.emplace(size.second, std::move(range));
+    } catch (...) {
+      by_size_.erase(size);
+      throw;
+    }
+    n_bytes_ += size.first;
   }
 
   // Takes n_bytes in a row off the smallest range that has them; an empty range if none has.
@@ -128,6 +140,7 @@ Pool& pool = *new Pool;
 std::unordered_map<void*, Range>& alive = *new std::unordered_map<void*, Range>;
 size_t alive_bytes = 0;
 size_t fresh_bytes = 0;              // that the kernel was asked for so far
+size_t moved_bytes = 0;              // that it moved so far
 size_t kept_up_to_bytes = SIZE_MAX;  // larger buffers go back to the kernel when freed
 
 void unmap(char* start, size_t n_bytes) {
@@ -135,11 +148,13 @@ void unmap(char* start, size_t n_bytes) {
   madvise(start, n_bytes, MADV_DONTNEED);  // one mapping too many: without its pages, at least
 }
 
+void unmap(const Range& range) {
+  unmap(range.start, range.n_bytes);
+  n_pieces -= range.pieces.size();
+}
+
 void give_back_all() {
-  while (!pool.empty()) {
-    const Range range = pool.take_of_largest(SIZE_MAX);
-    unmap(range.start, range.n_bytes);
-  }
+  while (!pool.empty()) unmap(pool.take_of_largest(SIZE_MAX));
 }
 
 // Addresses alone: no memory, none of what limits count.
@@ -159,59 +174,78 @@ bool make_fresh(char* start, size_t n_bytes) {
   if (mprotect(start, n_bytes, PROT_READ | PROT_WRITE) != 0) return false;
   madvise(start, n_bytes, MADV_HUGEPAGE);  // a kernel without them has small ones
   fresh_bytes += n_bytes;
+  ++n_pieces;
   return true;
 }
 
-// Moves the pages of `source` to start + filled, of which it moves the latter on; what is left of
-// `source` goes back to the kernel if that fails: too many mappings, say.
-bool move(const Range& source, char* start, size_t& filled, std::vector<Piece>& pieces) {
-  for (const Piece& piece : source.pieces) {
-    char* target = start + filled;
+// Moves pages of `source` to the end of `range`; what cannot be moved goes back to the kernel.
+bool move(const Range& source, Range& range) {
+  for (size_t i = 0; i < source.pieces.size(); ++i) {
+    const Piece& piece = source.pieces[i];
     const int flags = MREMAP_MAYMOVE | MREMAP_FIXED;
-    if (mremap(piece.start, piece.n_bytes, piece.n_bytes, flags, target) == MAP_FAILED) {
+    if (mremap(piece.start, piece.n_bytes, piece.n_bytes, flags, range.end()) == MAP_FAILED) {
       unmap(piece.start, source.end() - piece.start);
+      n_pieces -= source.pieces.size() - i;
       return false;
     }
-    pieces.push_back({target, piece.n_bytes});
-    filled += piece.n_bytes;
+    range.pieces.push_back({range.end(), piece.n_bytes});
+    range.n_bytes += piece.n_bytes;
+    moved_bytes += piece.n_bytes;
   }
   return true;
+}
+
+Range take_fresh(size_t n_bytes) {
+  char* start = reserve(n_bytes);
+  if (start == nullptr) return {};
+  if (!make_fresh(start, n_bytes)) {
+    unmap(start, n_bytes);
+    return {};
+  }
+  return {start, n_bytes, {{start, n_bytes}}};
+}
+
+// Returns an empty range if addresses or memory are lacking, or if pages did not move.
+Range take_composed(size_t n_bytes) {
+  char* start = reserve(n_bytes);
+  if (start == nullptr) return {};
+  Range range{start, 0, {}};
+  while (range.n_bytes < n_bytes && !pool.empty()) {
+    if (move(pool.take_of_largest(n_bytes - range.n_bytes), range)) continue;
+    // The kernel may have unmapped where it was to move to: whose that is now, is not known.
+    if (range.n_bytes > 0) pool.add(std::move(range));
+    return {};
+  }
+  const Piece rest{range.end(), n_bytes - range.n_bytes};
+  if (rest.n_bytes == 0) return range;
+  if (!make_fresh(rest.start, rest.n_bytes)) {
+    unmap(rest.start, rest.n_bytes);
+    if (range.n_bytes > 0) pool.add(std::move(range));
+    return {};
+  }
+  range.n_bytes = n_bytes;
+  range.pieces.push_back(rest);
+  return range;
 }
 
 // Returns an empty range if there is no memory.
 Range take(size_t n_bytes) {
   n_bytes = (n_bytes + kUnit - 1) / kUnit * kUnit;
   Range range = pool.take_in_a_row(n_bytes);
+  if (range.start == nullptr && n_pieces < kMostPieces) range = take_composed(n_bytes);
   if (range.start != nullptr) return range;
-  char* start = reserve(n_bytes);
-  if (start == nullptr) return {};
-  range = {start, n_bytes, {}};
-  size_t filled = 0;
-  while (filled < n_bytes && !pool.empty()) {
-    if (!move(pool.take_of_largest(n_bytes - filled), start, filled, range.pieces)) break;
-  }
-  if (filled < n_bytes) {
-    const Piece rest{start + filled, n_bytes - filled};
-    if (!make_fresh(rest.start, rest.n_bytes)) {
-      give_back_all();  // if any is left: pages may not have moved
-      if (!make_fresh(rest.start, rest.n_bytes)) {
-        unmap(start, n_bytes);
-        return {};
-      }
-    }
-    range.pieces.push_back(rest);
-  }
-  return range;
+  give_back_all();
+  return take_fresh(n_bytes);
 }
 
 void* take_buffer(size_t n_bytes) {
   const std::lock_guard<std::mutex> guard(mutex);
   Range range = take(n_bytes);
+  if (range.start == nullptr) return nullptr;
   void* start = range.start;
-  if (start != nullptr) {
-    alive_bytes += range.n_bytes;
-    alive.emplace(start, std::move(range));
-  }
+  const size_t taken_bytes = range.n_bytes;
+  alive.emplace(start, std::move(range));
+  alive_bytes += taken_bytes;
   return start;
 }
 
@@ -222,10 +256,15 @@ bool free_buffer(void* start) {
   Range range = std::move(found->second);
   alive.erase(found);
   alive_bytes -= range.n_bytes;
-  if (range.n_bytes > kept_up_to_bytes) {
-    unmap(range.start, range.n_bytes);
-  } else {
+  const size_t n_bytes = range.n_bytes;
+  if (n_bytes > kept_up_to_bytes) {
+    unmap(range);
+    return true;
+  }
+  try {
     pool.add(std::move(range));
+  } catch (const std::bad_alloc&) {  // not even a node of the pool: the limit is reached
+    unmap(static_cast<char*>(start), n_bytes);
   }
   return true;
 }
@@ -241,6 +280,7 @@ void* malloc_aligned(size_t n_bytes) {
 }
 
 void free_any(void* start) {
+  if (start != nullptr) c10::profiledCPUMemoryReporter().Delete(start);
   const bool is_aligned = reinterpret_cast<uintptr_t>(start) % kUnit == 0;
   if (start != nullptr && !(is_aligned && free_buffer(start))) free(start);
 }
@@ -252,6 +292,7 @@ struct PagePool final : c10::Allocator {
       start = n_bytes >= kLeastBytes ? take_buffer(n_bytes) : malloc_aligned(n_bytes);
       TORCH_CHECK(start != nullptr, "can't allocate memory: you tried to allocate ", n_bytes,
                   " bytes");
+      c10::profiledCPUMemoryReporter().New(start, n_bytes);
     }
     return {start, start, &free_any, c10::Device(c10::DeviceType::CPU)};
   }
@@ -276,6 +317,9 @@ extern "C" {
 
 // Has torch take its CPU buffers from here, from now on; those it has stay where they are.
 void umtrain_install() {
+  static bool is_installed = false;
+  if (is_installed) return;
+  is_installed = true;
   pthread_atfork(before_fork, after_fork, after_fork_in_child);
   c10::SetAllocator(c10::DeviceType::CPU, &page_pool, 255);
 }
@@ -296,5 +340,6 @@ void umtrain_counts(size_t* counts) {
   counts[0] = alive_bytes;
   counts[1] = pool.n_bytes();
   counts[2] = fresh_bytes;
+  counts[3] = moved_bytes;
 }
 }

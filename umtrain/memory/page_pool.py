@@ -1,8 +1,7 @@
 """torch's CPU memory from a pool of pages, compiled by this machine's C++ compiler when needed.
 
-What is resident is what was alive at most, with no page faults for what comes and goes, where
-glibc's heap has either holes or faults: see page_pool.cpp. Peaks of ordinary training are a third
-to two fifths lower, and always the same.
+What is resident of buffers is what was alive at most, with no page faults for what comes and goes,
+where glibc's heap has either holes or faults: see page_pool.cpp.
 """
 
 import ctypes
@@ -25,11 +24,12 @@ KEEP_ALL = 2**64 - 1
 
 
 class PoolCounts(NamedTuple):
-    """Bytes in buffers, bytes free for the next ones, and bytes ever asked of the kernel."""
+    """Bytes in buffers, free for the next ones, ever asked of the kernel, and ever moved."""
 
     alive: int
     free: int
     fresh: int
+    moved: int
 
 
 class PagePool:
@@ -64,13 +64,13 @@ def install_page_pool() -> PagePool | None:
         return None
     include, libraries = f"-I{_TORCH / 'include'}", (f"-L{_TORCH / 'lib'}", "-lc10")
     source = Path(__file__).with_name("page_pool.cpp")
-    flags = (*_FLAGS, f"-DTORCH_VERSION={torch.__version__}", include)
+    flags = (*_FLAGS, f"-DUMTRAIN_MADE_FOR_TORCH={torch.__version__}", include)
     try:
         return PagePool(ctypes.CDLL(str(compiled(cpp_compiler(), [source], flags, libraries))))
     except (OSError, subprocess.SubprocessError) as error:
         _log.info(
             "no page pool (%s): freed memory stays in glibc's heap, whose holes can double what "
-            "a step takes. Install a C++ compiler (c++) to change that",
+            "a step takes. Install a compiler of C++20 (c++) to change that",
             failure_of(error),
         )
         return None

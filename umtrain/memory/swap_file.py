@@ -1,7 +1,7 @@
 """Swapping to the spill file by explicit reads and writes in I/O threads.
 
 # Note: [Room is allocated by the thread that computes]
-# glibc gives every other thread a heap of its own, which hands large buffers back to the kernel;
+# Without the pool of pages glibc gives every other thread a heap, which hands large buffers back;
 # each copy in would then fault fresh pages in, a fifth of a step. The computing thread's heap
 # recycles what it freed.
 """

@@ -59,7 +59,7 @@ from umtrain.planning.timing import (
 )
 
 _GENERIC_CPU = "generic_cpu"
-_VERSION = 5  # raised where another figure is measured, or one in another way
+_VERSION = 6  # raised where another figure is measured, or one in another way
 # Seconds after which no further convolution of a precision is timed: one that the processor has
 # instructions for, and one that it imitates, tens of times slower.
 _CONVOLUTIONS_S = {True: 60.0, False: 10.0}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from umtrain.memory.allocator import give_back_free_memory, giving_back
 from umtrain.memory.io_threads import start_io_threads
 from umtrain.memory.positioned import PositionedFile
 from umtrain.planning.profile import CompositionSample, ConvolutionSample, PassSample, Profile
@@ -277,19 +278,16 @@ def measure_memory(device: torch.device) -> Memory:
     # In a virtual machine pages that no one ever had are far slower than those that this process
     # gave back, which are what a step gets: the least counts.
     filled_s = least_s(lambda: y.fill_(1), device)
-    fresh_s = min(_fresh_fill_s() for _ in range(_N_FRESH))
+    give_back_free_memory()
+    with giving_back():
+        fresh_s = min(_fresh_fill_s() for _ in range(_N_FRESH))
     touch_s = max(0.0, fresh_s - filled_s) / _PROBE_BYTES
     return Memory(host_bytes, host_bytes, bytes_per_s, touch_s)
 
 
 def _fresh_fill_s() -> float:
-    """Return the seconds of filling fresh memory, and of giving it back.
-
-    It is a part of more than any heap keeps.
-    """
-    return _wall_s(
-        lambda: torch.empty(_PROBE_BYTES + 2**30, dtype=torch.uint8)[:_PROBE_BYTES].fill_(1)
-    )
+    """Return the seconds of filling fresh memory, and of giving it back."""
+    return _wall_s(lambda: torch.empty(_PROBE_BYTES, dtype=torch.uint8).fill_(1))
 
 
 @dataclass(frozen=True)
