@@ -135,4 +135,8 @@ def test_transfers_of_small_maps_cost_what_launching_them_takes(subject, strateg
 def test_on_a_gpu_only_what_multiplies_matrices_pays_for_cublas(subject):
     without = Subject(subject.model[0], subject.sample_batch, "fp32")
     assert process_bytes(subject.trace(), "cuda") > process_bytes(without.trace(), "cuda")
-    assert process_bytes(subject.trace(), "cpu") == process_bytes(without.trace(), "cpu")
+
+
+def test_without_a_gpu_each_convolution_has_kernels_of_its_own(subject):
+    one = Subject(subject.model[0], subject.sample_batch, "fp32")
+    assert process_bytes(subject.trace(), "cpu") > process_bytes(one.trace(), "cpu")

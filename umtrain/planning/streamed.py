@@ -25,7 +25,7 @@ _WAYS = 2  # what is put out comes back: half of the traffic each way
 # measured at 256 to 1024 pixels without a GPU, on an H100 and an H200 with ResNet-50 and -101.
 _STRIPS_AT_ONCE = {"cpu": 5, "cuda": 4}
 # Where maps have several strips, first, middle and last ones have kernels of their own.
-_KERNELS_BYTES = {"cpu": 40 * 2**20, "cuda": 0}
+_KERNELS_BYTES = {"cpu": 20 * 2**20, "cuda": 0}
 
 
 @dataclass(frozen=True)
