@@ -136,7 +136,7 @@ class Trainer:
         self.validation = task.loader("val", training=False, share=self.ranks.share)
         self.ranks.tie(model, strategy)
         with autocast(device, self.config.precision):
-            with giving_back():  # without the pool its hole has to fit the images
+            with giving_back():  # glibc's heap keeps no hole of it
                 sample = task.sample_input(device, input_dtype(self.config.precision))
             self.model = strategy.prepare(model, self.ranks.band_of(sample))
         self.n_train = len(task.manifest.split("train"))

@@ -73,7 +73,7 @@ def give_back_free_memory() -> None:
 
 @contextmanager
 def giving_back() -> Generator[None]:
-    """Make large buffers mappings of their own inside the block: they leave no hole when freed."""
+    """Have large buffers go back to the kernel when they are freed inside the block."""
     before = set_freed_buffers(FreedBuffers.GIVE_BACK)
     try:
         yield
@@ -87,7 +87,7 @@ class HeapHoles:
     # Note: [Holes that grow]
     # Small objects settle between freed buffers, so holes no longer fit the next buffer and the
     # heap grows: under `lms` to more than twice of what is alive. Once the resident set is
-    # `allowed_hole_bytes` over the most that was alive when holes were last given back, they are
+    # `_allowed_hole_bytes` over the most that was alive when holes were last given back, they are
     # again. What is used after that is faulted in anew: ResUNet35 at 1024 pixels pays with 1 GiB
     # of faults, a tenth of a step, for 40% less memory.
     """
@@ -96,7 +96,7 @@ class HeapHoles:
         """`largest_bytes` is the largest of the buffers that come and go."""
         self._largest_bytes = largest_bytes
         self._base_bytes = linux.rss_bytes()
-        self._most_bytes = self._base_bytes + allowed_hole_bytes(0, largest_bytes)
+        self._most_bytes = self._base_bytes + _allowed_hole_bytes(0, largest_bytes)
 
     def limit(self) -> None:
         """Give free pages back if the resident set has grown too much; for calling often."""
@@ -107,11 +107,11 @@ class HeapHoles:
         linux.trim_heap()
         resident_bytes = linux.rss_bytes()
         alive_bytes = max(0, resident_bytes - self._base_bytes)
-        most_bytes = resident_bytes + allowed_hole_bytes(alive_bytes, self._largest_bytes)
+        most_bytes = resident_bytes + _allowed_hole_bytes(alive_bytes, self._largest_bytes)
         self._most_bytes = max(self._most_bytes, most_bytes)
 
 
-def allowed_hole_bytes(alive_bytes: int, largest_bytes: int) -> int:
+def _allowed_hole_bytes(alive_bytes: int, largest_bytes: int) -> int:
     """Return what holes may take beside buffers of `alive_bytes`, see `HeapHoles`."""
     share_bytes = int(_ALLOWED_HOLE_SHARE * alive_bytes)
     return max(_ALLOWED_HOLE_BYTES, share_bytes, _ALLOWED_LARGEST_HOLES * largest_bytes)

@@ -1,4 +1,4 @@
-"""The calls of Linux and glibc that the CPU tier stands on; the only file that uses ctypes.
+"""The calls of Linux and glibc that the CPU tier stands on.
 
 ctypes releases the GIL around each call, which `mmap.madvise` may not do.
 """

@@ -20,9 +20,9 @@ from umtrain.planning.swapping import Link, swapped
 from umtrain.planning.usage import Stay, Usage, kept, resident_bytes, stay_of, step_allocations
 from umtrain.streaming.storage import ALIGNMENT_BYTES
 
-# What handing a transfer to an I/O thread costs the computing cores without a GPU (measured: 200
-# transfers add 0.12 s to a step of ResNet-50 at 256 pixels); its bytes cost the profile's.
-_TRANSFER_S = 6e-4
+# What handing a transfer to an I/O thread costs the computing cores without a GPU (measured: 0.3 to
+# 0.4 ms in steps of vdnn and lms on three networks at 256 pixels); its bytes cost the profile's.
+_TRANSFER_S = 4e-4
 # The same with a GPU, in launches of a kernel: a hook, two events and a copy. It counts where what
 # launches is slower than the GPU. From one machine (an H200: 220 transfers take ResNet-50 at 512
 # pixels from 26 to 47 ms); the H100 of the README, whose processor was slower, took more.
