@@ -144,19 +144,22 @@ def test_the_film_whose_error_would_quote_its_patient_was_left_out(finished):
 def test_nothing_is_written_outside_the_run_the_cache_and_the_temporary_folder(finished):
     folder, _, found = finished
     home = folder / "home"
-    # matplotlib's list of fonts; umtrain's own cache, beside it, holds synthetic data alone.
+    # matplotlib's list of fonts; of umtrain's own cache, beside it, what a compiler made alone.
     fonts = [home / ".cache", home / ".config"]
-    allowed = [*fonts, *(f"{path}/matplotlib" for path in fonts), f"{folder}/work/run"]
+    native = home / ".cache" / "umtrain" / "native"
+    caches = [*(f"{path}/matplotlib" for path in fonts), native]
+    allowed = [*fonts, native.parent, *caches, f"{folder}/work/run"]
     elsewhere = [
         path
         for path in found["written"]
         if path not in map(str, allowed)
-        and not path.startswith(tuple(f"{place}/" for place in (*allowed[2:], folder / "tmp")))
+        and not path.startswith(tuple(f"{place}/" for place in (*allowed[3:], folder / "tmp")))
         and not path.startswith(("/dev/", "/proc/"))
     ]
     assert elsewhere == []
     assert [path.name for path in (folder / "work").iterdir()] == ["run"]
-    assert {path.name for base in fonts for path in base.glob("*")} <= {"matplotlib"}
+    assert {path.name for base in fonts for path in base.glob("*")} <= {"matplotlib", "umtrain"}
+    assert {path.suffix for path in native.parent.rglob("*") if path.is_file()} <= {".so"}
     # torch leaves an empty folder.
     assert [path for path in (folder / "tmp").rglob("*") if path.is_file()] == []
 
