@@ -1,8 +1,10 @@
 """Many files at once, in processes of their own."""
 
 import multiprocessing
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from umtrain.processes import deaf_to_interrupts
@@ -24,13 +26,19 @@ def in_processes(
     # Spawned, not forked: the parent may run threads (torch, a progress bar).
     context = multiprocessing.get_context("spawn")
     others = multiprocessing.active_children()
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
+    n_workers = min(processes, len(jobs))
+    left = iter(jobs)
+    with ProcessPoolExecutor(n_workers, mp_context=context) as pool:
         try:
+            # Few at a time, so that none has to be cancelled: a pool that breaks while it cancels
+            # prints a traceback (InvalidStateError, Python 3.11).
             with deaf_to_interrupts():
-                results = pool.map(write, jobs)
-            yield from results
+                begun = deque(pool.submit(write, job) for job in islice(left, 2 * n_workers))
+            while begun:
+                result = begun.popleft().result()
+                begun.extend(pool.submit(write, job) for job in islice(left, 1))
+                yield result
         except BaseException:  # do not make the rest only to throw it away
-            pool.shutdown(wait=False, cancel_futures=True)
             for child in set(multiprocessing.active_children()) - set(others):
                 child.kill()
             raise
