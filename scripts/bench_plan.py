@@ -10,8 +10,10 @@ Modes:
              to the times of stock PyTorch there; memory and streaming were not.
 
 Method: a measured cell is `python -m umtrain.trial`, which trains as `umtrain fit` does, on noise;
-the first step is left out and the median of the rest is taken. A prediction never sees a measured
-cell: it comes from the trace of a step and a profile (`umtrain plan calibrate=true`).
+--steps steps or more, for --seconds at least (the first second of a process is slower than the
+rest of a run); the first step is left out and the median of the rest is taken. A prediction never
+sees a measured cell: it comes from the trace of a step and a profile (`umtrain plan
+calibrate=true`).
 Prints tables; the last line of output is one JSON document. --out writes it, with a picture.
 """
 
@@ -67,7 +69,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, object]:
         row = next((r for r in rows if all(r[k] == v for k, v in key.items())), None)
         if row is None:
             overrides = [*overrides_of(model, precision, res, arguments), f"memory={strategy}"]
-            outcome = run_trial(overrides, arguments.steps)
+            outcome = run_trial(overrides, arguments.steps, arguments.seconds)
             row = {**key, "measured": figures_of(outcome)}
             rows.append(row)
         row["predicted"] = predicted_figures(model, precision, res, strategy, arguments)
@@ -432,7 +434,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for measured")
     parser.add_argument("--budget", help="memory.device_budget of all cells, e.g. 1GiB")
-    parser.add_argument("--steps", type=int, default=3, help="the first is left out")
+    parser.add_argument("--steps", type=int, default=4, help="the first is left out")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="more steps until these are over"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32], help="for talk")
     parser.add_argument("--out", type=Path, help="where to write .json and .png")
     return parser.parse_args()

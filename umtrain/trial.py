@@ -1,8 +1,9 @@
 """A few real training steps of a configuration, in a process of their own, and what they took.
 
-`python -m umtrain.trial key=value …` prints one JSON document as its last line: status "ok", with
-`step_s` (the median of the steps after the first, or the only one) and `memory_use`. It ends
-with exit code 3 where memory runs out. The images are noise; all else is as `umtrain fit` does it.
+`python -m umtrain.trial STEPS SECONDS key=value …` trains at least that many steps, for at least
+that long, and prints one JSON document as its last line: status "ok", with `step_s` (the median of
+the steps after the first, or the only one) and `memory_use`. It ends with exit code 3 where memory
+runs out. The images are noise; all else is as `umtrain fit` does it.
 """
 
 import dataclasses
@@ -21,14 +22,18 @@ _OK, _FAILED = 0, 1
 _ENDS_WITHOUT_MEMORY = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)
 
 
-def run_trial(overrides: list[str], n_steps: int) -> dict[str, Any]:
+def run_trial(overrides: list[str], n_steps: int, at_least_s: float = 0.0) -> dict[str, Any]:
     """Run a trial in a fresh process; return its document.
+
+    It takes `n_steps` steps, and more until `at_least_s` seconds are over: the first second of a
+    process is slower than the rest of a run.
 
     The status is "oom" where memory ran out, "failed" with `why` where anything else went wrong.
     The process ends with this one's interrupt. A process that the system kills, or in which a
     native library does not survive an allocation that fails, is out of memory.
     """
-    command = [sys.executable, "-m", "umtrain.trial", str(n_steps), *overrides]
+    command = [sys.executable, "-m", "umtrain.trial", str(n_steps), str(at_least_s)]
+    command += overrides
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -55,8 +60,8 @@ def run_trial(overrides: list[str], n_steps: int) -> dict[str, Any]:
     return {"status": "failed", "why": said[-1]}
 
 
-def train(config: RunConfig, n_steps: int) -> dict[str, Any]:
-    """Train `n_steps` steps on noise in this process. Raises UmtrainError as a run would."""
+def train(config: RunConfig, n_steps: int, at_least_s: float) -> dict[str, Any]:
+    """Train on noise in this process. Raises UmtrainError as a run would. See `run_trial`."""
     import torch
 
     from umtrain import tasks
@@ -81,7 +86,7 @@ def train(config: RunConfig, n_steps: int) -> dict[str, Any]:
     try:
         with strategy.guard(), autocast(device, precision):
             model = strategy.prepare(model, image)
-        for _ in range(n_steps):
+        while len(times_s) < n_steps or sum(times_s) < at_least_s:
             start_s = time.perf_counter()
             with strategy.step():
                 with autocast(device, precision):
@@ -107,12 +112,12 @@ def train(config: RunConfig, n_steps: int) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> int:
-    """Run a trial: the number of steps, then the overrides."""
+    """Run a trial: the number of steps, the seconds, then the overrides."""
     from umtrain.config import load_config
 
     try:
-        config = load_config(words[1:])
-        document = train(config, int(words[0]))
+        n_steps, at_least_s, *overrides = words
+        document = train(load_config(overrides), int(n_steps), float(at_least_s))
     except UmtrainError as error:
         print(str(error).replace("\n", " "), file=sys.stderr)
         return error.exit_code
