@@ -72,6 +72,11 @@ def plan(words: list[str], console: Console) -> int:
         f"predicted, not measured, for {profile.title}: device memory "
         f"{format_bytes(profile.device_bytes)}, host memory {format_bytes(profile.host_bytes)}"
     )
+    if not profile.has_page_pool:
+        console.say(
+            "device memory includes the most that holes of glibc's heap were seen to take, up to "
+            "0.9 of what is alive: there is no page pool here, see umtrain doctor"
+        )
     rows: list[dict[str, Any]] = []
     scalings: dict[str, Any] = {}
     autos: dict[str, str] = {}

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -186,6 +188,25 @@ def test_this_machine_is_not_measured_twice(umtrain, calibrated_env, tmp_path):
     assert "measuring this machine" not in done.stdout
     assert "predicted: resunet35, 256 x 128, batch 1" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_a_step_takes_no_more_than_the_plan_that_says_so(
+    umtrain, calibrated_env, tmp_path
+):
+    words = ("dataset=spine", "res=512", "precision=fp32", "device=cpu", "memory=vanilla")
+    planned = {}
+    for name, more in (("pool", {}), ("heap", {"CXX": str(tmp_path / "no-compiler")})):
+        env = calibrated_env | more
+        done = umtrain("plan", *words, f"out={name}", cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        assert ("there is no page pool here" in done.stdout) == (name == "heap")
+        (row,) = plan_of(tmp_path / name)["rows"]
+        planned[name] = row["device_peak_bytes"]
+    trial = [sys.executable, "-m", "umtrain.trial", "3", "0", *words]
+    done = subprocess.run(trial, env=env, capture_output=True, text=True, check=True)
+    took = json.loads(done.stdout.splitlines()[-1])["memory_use"]["device_peak_bytes"]
+    assert planned["pool"] < planned["heap"]
+    assert took <= planned["heap"]
 
 
 @pytest.mark.parametrize(

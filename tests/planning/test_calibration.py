@@ -90,6 +90,11 @@ def test_every_figure_is_positive_and_finite(profile):
     assert all(0 < figure < math.inf for figure in figures)
 
 
+def test_what_transfers_cost_the_cores_is_no_gain_and_less_than_a_tenth_of_a_second(profile):
+    assert 0 <= profile.link_busy_s_per_byte < 1e-7
+    assert 0 <= profile.transfer_s < 0.1
+
+
 def test_a_step_that_was_timed_can_be_predicted(profile):
     seconds = [operation_seconds(operation, profile) for operation in a_step().operations]
     assert all(0 < each < 1 for each in seconds)

@@ -140,3 +140,39 @@ def test_on_a_gpu_only_what_multiplies_matrices_pays_for_cublas(subject):
 def test_without_a_gpu_each_convolution_has_kernels_of_its_own(subject):
     one = Subject(subject.model[0], subject.sample_batch, "fp32")
     assert process_bytes(subject.trace(), "cpu") > process_bytes(one.trace(), "cpu")
+
+
+def test_without_a_page_pool_holes_are_planned_for_unless_a_budget_leaves_none(subject):
+    pooled = load_profile("generic_cpu")
+    heap = dataclasses.replace(pooled, has_page_pool=False)
+    budget = Options(device_budget_bytes=8 * GIB)
+    for name in ("vanilla", "checkpoint", "lms", "um"):
+        held, with_holes = (predict(subject, name, p, Options()) for p in (pooled, heap))
+        assert held.device_peak_bytes < with_holes.device_peak_bytes
+        assert held.least_budget_bytes == with_holes.least_budget_bytes
+        assert predict(subject, name, heap, budget) == predict(subject, name, pooled, budget)
+    assert predict(subject, "stream", heap, Options()) == predict(
+        subject, "stream", pooled, Options()
+    )
+
+
+def test_strategies_that_keep_holes_small_are_planned_with_fewer(subject):
+    pooled = load_profile("generic_cpu")
+    heap = dataclasses.replace(pooled, has_page_pool=False)
+
+    def growth(name):
+        return (
+            predict(subject, name, heap, Options()).device_peak_bytes
+            / predict(subject, name, pooled, Options()).device_peak_bytes
+        )
+
+    assert 1.2 < growth("checkpoint") <= 1.4 < growth("vanilla") <= 1.9
+
+
+def test_memory_that_only_a_pool_makes_enough_does_not_fit_without(subject):
+    pooled = load_profile("generic_cpu")
+    needed = predict(subject, "vanilla", pooled, Options()).device_peak_bytes
+    tight = dataclasses.replace(pooled, device_bytes=int(1.3 * needed))
+    heap = dataclasses.replace(tight, has_page_pool=False)
+    assert predict(subject, "vanilla", tight, Options()).fits
+    assert not predict(subject, "vanilla", heap, Options()).fits

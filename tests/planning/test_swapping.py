@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from umtrain.planning.step import Allocation, Operation, Save, StepTrace
-from umtrain.planning.swapping import Link, swapped
+from umtrain.planning.swapping import Launching, Link, swapped
 from umtrain.planning.usage import Usage, kept
 
 N_MAPS = 8
@@ -82,3 +82,22 @@ def test_what_is_not_chosen_stays(chain):
     assert sorted(map(dataclasses.astuple, usage.stays)) == sorted(
         map(dataclasses.astuple, kept(chain).stays)
     )
+
+
+def test_a_host_that_runs_ahead_keeps_what_it_did_not_see_leave(chain):
+    ahead = Launching(operation_s=1e-3, transfer_s=1e-3)
+    usage = run(chain, bytes_per_s=100 * MIB, launching=ahead)
+    end = len(chain.operations) - 1
+    held = sum(stay.n_bytes for stay in usage.stays if stay.last == end)
+    in_step = run(chain, bytes_per_s=100 * MIB)
+    held_in_step = sum(stay.n_bytes for stay in in_step.stays if stay.last == end)
+    assert held == held_in_step + 2 * MIB  # the window
+    assert usage.extra_s == 0
+
+
+def test_a_gpu_waits_for_a_host_that_is_busy_with_transfers(chain):
+    n_transfers = N_MAPS + N_MAPS - 1  # all go out; the last map is read before it has left
+    quick, slow = Launching(1.0, 0.0), Launching(1.0, 0.5)
+    assert run(chain, bytes_per_s=1000 * MIB, launching=quick).extra_s == 0
+    waited_s = run(chain, bytes_per_s=1000 * MIB, launching=slow).extra_s
+    assert waited_s == pytest.approx(0.5 * n_transfers, abs=1)

@@ -4,9 +4,9 @@ The real kernels are timed, through torch: the convolutions of given steps, forw
 passes over feature maps in the cache and out of it; the first touch of fresh memory; the spill
 disk, or the link to pinned memory; and by how much all that is slower in a network than alone. A
 slow machine times a part of the convolutions, drawn at random, and interpolates between those. How
-each is timed is in `umtrain.planning.timing`. What was measured is kept in a file under a name made
-of the processor, torch's version, its threads and the kernel, so that another machine or version
-measures its own.
+each is timed is in `umtrain.planning.timing` and `timing_swapping`. What was measured is kept in a
+file under a name made of the processor, torch's version, its threads and the kernel, so that
+another machine or version measures its own.
 """
 
 import dataclasses
@@ -49,17 +49,16 @@ from umtrain.planning.timing import (
     TORCH_DTYPES,
     distinct_convolutions,
     launch_s,
-    link_of_gpu,
     matrix_rate,
     measure_memory,
-    spill_disk,
     time_composition,
     time_convolution,
     time_passes,
 )
+from umtrain.planning.timing_swapping import link_of_gpu, spill_disk
 
 _GENERIC_CPU = "generic_cpu"
-_VERSION = 6  # raised where another figure is measured, or one in another way
+_VERSION = 7  # raised where another figure is measured, or one in another way
 # Seconds after which no further convolution of a precision is timed: one that the processor has
 # instructions for, and one that it imitates, tens of times slower.
 _CONVOLUTIONS_S = {True: 60.0, False: 10.0}
@@ -209,7 +208,9 @@ def calibrate(
     dtypes = [dtype for dtype in TORCH_DTYPES if native_bf16 or dtype != "bf16"]
     composed = [(dtype, *blocks) for dtype in dtypes for blocks in COMPOSED[device.type]]
     n_all = len(TORCH_DTYPES) * len(shapes) + len(passes) + 2 + len(composed)
-    limits_s = {d: _CONVOLUTIONS_S[native_bf16 or d != "bf16"] for d in TORCH_DTYPES}
+    # What is imitated comes last: its first kernels say nothing of how long the others take.
+    limits_s = dict.fromkeys(dtypes, _CONVOLUTIONS_S[True])
+    limits_s |= {d: _CONVOLUTIONS_S[False] for d in TORCH_DTYPES if d not in dtypes}
     convolutions = _time_convolutions(
         shapes, device, limits_s, lambda done, note: progress(done, n_all, note)
     )
@@ -234,6 +235,7 @@ def calibrate(
         out_bytes_per_s=link.out_bytes_per_s,
         in_bytes_per_s=link.in_bytes_per_s,
         link_busy_s_per_byte=link.busy_s_per_byte,
+        transfer_s=link.transfer_s,
         memory_bytes_per_s=memory.bytes_per_s,
         matrix_flops_per_s={
             "bf16": matrix_rate("bf16", device, is_native=native_bf16),

@@ -83,12 +83,15 @@ class Profile:
     Rates are those of one device. `out_bytes_per_s` and `in_bytes_per_s` are the link's between
     device memory and where swapped data rests: pinned host memory, or the spill file of a machine
     without a GPU, whose `device_bytes` is its RAM; a byte on the link costs the cores that compute
-    `link_busy_s_per_byte`, and fresh memory, given back again, `first_touch_s_per_byte`.
+    `link_busy_s_per_byte` and a transfer on it `transfer_s`; fresh memory, given back again, costs
+    `first_touch_s_per_byte`.
     `matrix_flops_per_s` is by dtype; `efficiency` is a convolution's share of it by kind
     (`CONVOLUTIONS`), `backward_efficiency` the share of the forward speed that backward has;
     `pass_efficiency` (`PASSES`) is of `memory_bytes_per_s`. Samples of convolutions and passes,
     where a machine was calibrated, stand before all of these; those of composition multiply what
     these give. `device_names` are parts of the names that such a device gives itself.
+    `has_page_pool` is whether the next buffers can use all that was freed
+    (`umtrain.memory.page_pool`); it counts without a GPU.
     """
 
     name: str
@@ -108,10 +111,12 @@ class Profile:
     pass_efficiency: dict[str, float] = field(default_factory=dict)
     first_touch_s_per_byte: float = 0.0
     link_busy_s_per_byte: float = 0.0
+    transfer_s: float = 0.0
     n_devices: int = 1
     peer_bytes_per_s: float | None = None
     network_bytes_per_s: float | None = None
     device_names: tuple[str, ...] = ()
+    has_page_pool: bool = True
     convolution_samples: tuple[ConvolutionSample, ...] = ()
     pass_samples: tuple[PassSample, ...] = ()
     composition_samples: tuple[CompositionSample, ...] = ()

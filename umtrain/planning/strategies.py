@@ -16,16 +16,14 @@ from umtrain.planning.profile import Profile, load_profile
 from umtrain.planning.residence import live_bytes, process_bytes
 from umtrain.planning.step import Allocation, StepTrace
 from umtrain.planning.subject import Subject
-from umtrain.planning.swapping import Link, swapped
+from umtrain.planning.swapping import Launching, Link, swapped
 from umtrain.planning.usage import Stay, Usage, kept, resident_bytes, stay_of, step_allocations
 from umtrain.streaming.storage import ALIGNMENT_BYTES
 
-# What handing a transfer to an I/O thread costs the computing cores without a GPU (measured: 0.3 to
-# 0.4 ms in steps of vdnn and lms on three networks at 256 pixels); its bytes cost the profile's.
-_TRANSFER_S = 4e-4
-# The same with a GPU, in launches of a kernel: a hook, two events and a copy. It counts where what
-# launches is slower than the GPU. From one machine (an H200: 220 transfers take ResNet-50 at 512
-# pixels from 26 to 47 ms); the H100 of the README, whose processor was slower, took more.
+# What a transfer costs the host of a GPU, in launches of a kernel: a hook, two events and a copy.
+# It counts where launching is slower than the GPU. From H200s: 220 transfers take ResNet-50 at 512
+# pixels from 26 to 47 ms, and from 20 to 39; a host of such a machine was seen to need twice that,
+# and the H100 of the README, whose processor was slower, took more too.
 _LAUNCHES_PER_TRANSFER = 2.5
 # A saved tensor is read once and written twice on its way into the mapped file.
 _PASSES_INTO_FILE = 3
@@ -159,14 +157,14 @@ def _swapped(
     lead_bytes = ALIGNMENT_BYTES if profile.kind == "cpu" else 0
     link = Link(profile.out_bytes_per_s, profile.in_bytes_per_s, lead_bytes)
     seconds = setting.subject.seconds(trace, profile)
+    if profile.kind == "cuda":
+        transfer_s = _LAUNCHES_PER_TRANSFER * profile.launch_s
+        launching = Launching(profile.launch_s, transfer_s)
+        return swapped(trace, seconds, link, goes, window_bytes, ends_with_layer, launching)
     usage = swapped(trace, seconds, link, goes, window_bytes, ends_with_layer)
     n_transfers = 2 * sum(goes(a) is not None for a in step_allocations(trace))
-    if profile.kind == "cuda":
-        n_launches = len(trace.operations) + _LAUNCHES_PER_TRANSFER * n_transfers
-        launching_s = n_launches * profile.launch_s
-        return replace(usage, extra_s=max(0.0, launching_s - sum(seconds) - usage.stall_s))
     moved_bytes = usage.out_bytes + usage.in_bytes
-    extra_s = n_transfers * _TRANSFER_S + moved_bytes * profile.link_busy_s_per_byte
+    extra_s = n_transfers * profile.transfer_s + moved_bytes * profile.link_busy_s_per_byte
     return replace(usage, extra_s=extra_s)
 
 

@@ -28,6 +28,14 @@ class Link:
     lead_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Launching:
+    """A host that runs ahead of its GPU: the seconds it takes for an operation, and a transfer."""
+
+    operation_s: float
+    transfer_s: float
+
+
 @dataclass
 class _Copy:
     """A swapped tensor: when it is out, when it is asked for and when it is back."""
@@ -47,7 +55,9 @@ class _Swap:
     trace: StepTrace
     link: Link
     window_bytes: int
+    launching: Launching | None = None
     now_s: float = 0.0
+    host_s: float = 0.0
     stall_s: float = 0.0
     out_free_s: float = 0.0
     in_free_s: float = 0.0
@@ -57,6 +67,7 @@ class _Swap:
     def start_out(self, copy: _Copy, position: int) -> None:
         """Queue a copy out; wait if too much is on its way already."""
         self.finish_out(self.window_bytes, position)
+        self._transfer()
         self.out_free_s = max(self.now_s, self.out_free_s)
         self.out_free_s += copy.allocation.n_bytes / self.link.out_bytes_per_s
         copy.out_s = self.out_free_s
@@ -67,7 +78,7 @@ class _Swap:
         """Let go of what is out; wait until at most `allowed_bytes` are on their way."""
         while self.outgoing:
             oldest = self.outgoing[0]
-            if oldest.out_s > self.now_s:
+            if oldest.out_s > self._seen_s:
                 if self.outgoing_bytes <= allowed_bytes:
                     return
                 self.wait_until(oldest.out_s)
@@ -80,11 +91,32 @@ class _Swap:
         self.stall_s += max(0.0, time_s - self.now_s)
         self.now_s = max(self.now_s, time_s)
 
+    def compute(self, operation_s: float) -> None:
+        """Let an operation run."""
+        self.now_s += operation_s
+        if self.launching is not None:
+            self._launch(self.launching.operation_s)
+
+    def _transfer(self) -> None:
+        if self.launching is not None:
+            self._launch(self.launching.transfer_s)
+
+    def _launch(self, launch_s: float) -> None:
+        """Let the host be busy, and a GPU wait for it if it has nothing else to do."""
+        self.host_s += launch_s
+        self.now_s = max(self.now_s, self.host_s)
+
+    @property
+    def _seen_s(self) -> float:
+        """Return up to when it is known what is out: a host that launches is ahead of its GPU."""
+        return self.now_s if self.launching is None else self.host_s
+
     def start_in(self, copy: _Copy, position: int) -> None:
         """Queue a copy in, unless it was, or the tensor has not left."""
         if not copy.is_out or copy.asked_at is not None:
             return
         copy.asked_at = position
+        self._transfer()
         self.in_free_s = max(self.now_s, self.in_free_s)
         self.in_free_s += copy.allocation.n_bytes / self.link.in_bytes_per_s
         copy.in_s = self.in_free_s
@@ -97,13 +129,15 @@ def swapped(
     goes: Choice,
     window_bytes: int,
     ends_with_layer: Callable[[int], bool] = lambda position: False,
+    launching: Launching | None = None,
 ) -> Usage:
     """Return the usage of a step that swaps what `goes` chooses.
 
     `seconds` are those of each operation; after the forward operations for which
-    `ends_with_layer` is true, compute waits until everything is out.
+    `ends_with_layer` is true, compute waits until everything is out. A host that runs ahead, by
+    `launching`, asks that much earlier what is out, and `extra_s` is what a GPU waits for it.
     """
-    swap = _Swap(trace, link, window_bytes)
+    swap = _Swap(trace, link, window_bytes, launching)
     allocations = step_allocations(trace)
     copies = [
         _Copy(allocation, moved_at)
@@ -118,12 +152,12 @@ def swapped(
             swap.start_out(copy, position)
         for copy in reading[position]:
             _bring_in(swap, copy, schedule, place[id(copy)], position)
-        swap.now_s += operation_s
+        swap.compute(operation_s)
         if position < trace.n_forward and ends_with_layer(position):
             swap.finish_out(0, position)
     stays = [stay_of(a) for a in allocations if goes(a) is None]
     for copy in copies:
-        stays += _stays(copy, link.lead_bytes)
+        stays += _stays(copy, link.lead_bytes, len(trace.operations) - 1)
     in_bytes = sum(copy.allocation.n_bytes for copy in copies if copy.asked_at is not None)
     total_bytes = sum(copy.allocation.n_bytes for copy in copies)
     return Usage(
@@ -133,6 +167,7 @@ def swapped(
         out_bytes=total_bytes,
         in_bytes=in_bytes,
         stall_s=swap.stall_s,
+        extra_s=max(0.0, swap.now_s - sum(seconds) - swap.stall_s),
     )
 
 
@@ -166,10 +201,10 @@ def _bring_in(
         swap.start_in(following, position)
 
 
-def _stays(copy: _Copy, lead_bytes: int) -> list[Stay]:
+def _stays(copy: _Copy, lead_bytes: int, end: int) -> list[Stay]:
     allocation = copy.allocation
     if not copy.is_out:
-        return [stay_of(allocation)]
+        return [Stay(allocation.n_bytes, allocation.first, end)]
     until = allocation.saved_until or allocation.first
     first = Stay(allocation.n_bytes, allocation.first, max(until, copy.left_at))
     if copy.asked_at is None:

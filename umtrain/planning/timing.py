@@ -1,4 +1,4 @@
-"""What a calibration times: a machine's own convolutions, passes, products, memory and links.
+"""What a calibration times: a machine's own convolutions, passes, products and memory.
 
 A kernel's figure is the least of a few runs after one that is left out: what else a machine does
 only makes a run longer. On a GPU a run is one of several that wait in its queue behind other work,
@@ -6,14 +6,11 @@ so that kernels are timed, not their launches.
 """
 
 import math
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,19 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from umtrain.memory.allocator import give_back_free_memory, giving_back
-from umtrain.memory.io_threads import start_io_threads
-from umtrain.memory.positioned import PositionedFile
 from umtrain.planning.profile import CompositionSample, ConvolutionSample, PassSample, Profile
 from umtrain.planning.seconds import kernel_seconds
 from umtrain.planning.step import Convolution, Operation, StepTrace
 from umtrain.planning.tracing import trace_step
-from umtrain.streaming.storage import ALIGNMENT_BYTES
 
 _aten = torch.ops.aten
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PASS_BYTES = (2 * 2**20, 2**27)  # in the cache of a core, and out of it
 _MOST_TIMES, _ENOUGH_S = 6, 0.5
-_PROBE_BYTES = 2**28
+PROBE_BYTES = 2**28
 _N_FRESH = 10
 _N_IN_A_ROW = 8
 _BUSY_SIDE, _BUSY_S = 2048, 5e-3
@@ -44,8 +38,7 @@ _N_BLOCKS, _SMALL_PX, _LAUNCHED_CHANNELS = 20, 4, 64
 # Bottlenecks of ResNet-50, pixels a side and how many: whose maps fit in a processor's cache, and
 # whose maps do not; on a GPU maps that take longer to compute than to launch.
 COMPOSED = {"cpu": ((64, 6), (256, 3)), "cuda": ((1024, 2),)}
-_BOTTLENECK_CHANNELS = 256
-_COMPUTED_PX = 128
+BOTTLENECK_CHANNELS = 256
 _OF_THE_LOSS = {"sum", "ones_like"}
 
 
@@ -178,7 +171,7 @@ def least_s(run: Callable[[], Any], device: torch.device) -> float:
     return min(found)
 
 
-def _median_s(run: Callable[[], Any]) -> float:
+def median_s(run: Callable[[], Any]) -> float:
     """Return the median seconds of a few runs, after one that is left out."""
     run()
     return statistics.median(_wall_s(run) for _ in range(_MOST_TIMES))
@@ -224,7 +217,7 @@ def _n_products(device: torch.device) -> int:
             a @ a
         torch.cuda.synchronize(device)
 
-    return math.ceil(_BUSY_S / (_median_s(run) / _N_IN_A_ROW))
+    return math.ceil(_BUSY_S / (median_s(run) / _N_IN_A_ROW))
 
 
 def matrix_rate(dtype: str, device: torch.device, *, is_native: bool) -> float:
@@ -254,7 +247,7 @@ def launch_s(device: torch.device) -> float:
             torch.cuda.synchronize()
 
     n_operations = 2 * len(blocks)
-    return _median_s(run) / n_operations
+    return median_s(run) / n_operations
 
 
 @dataclass(frozen=True)
@@ -269,9 +262,9 @@ class Memory:
 
 def measure_memory(device: torch.device) -> Memory:
     """Return what there is of memory, and how fast it is."""
-    x = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=device)
+    x = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    bytes_per_s = 2 * _PROBE_BYTES / least_s(lambda: y.copy_(x), device)
+    bytes_per_s = 2 * PROBE_BYTES / least_s(lambda: y.copy_(x), device)
     host_bytes = psutil.virtual_memory().total
     if device.type == "cuda":
         return Memory(torch.cuda.mem_get_info()[1], host_bytes, bytes_per_s, 0.0)
@@ -281,76 +274,13 @@ def measure_memory(device: torch.device) -> Memory:
     give_back_free_memory()
     with giving_back():
         fresh_s = min(_fresh_fill_s() for _ in range(_N_FRESH))
-    touch_s = max(0.0, fresh_s - filled_s) / _PROBE_BYTES
+    touch_s = max(0.0, fresh_s - filled_s) / PROBE_BYTES
     return Memory(host_bytes, host_bytes, bytes_per_s, touch_s)
 
 
 def _fresh_fill_s() -> float:
     """Return the seconds of filling fresh memory, and of giving it back."""
-    return _wall_s(lambda: torch.empty(_PROBE_BYTES, dtype=torch.uint8).fill_(1))
-
-
-@dataclass(frozen=True)
-class Link:
-    """Bytes/s out of device memory and back, and what a byte costs the cores that compute."""
-
-    out_bytes_per_s: float
-    in_bytes_per_s: float
-    busy_s_per_byte: float = 0.0
-
-
-def link_of_gpu(device: torch.device) -> Link:
-    """Return the link from a GPU to pinned memory."""
-    pinned = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
-    x = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=device)
-    out_s = least_s(lambda: pinned.copy_(x, non_blocking=True), device)
-    in_s = least_s(lambda: x.copy_(pinned, non_blocking=True), device)
-    return Link(_PROBE_BYTES / out_s, _PROBE_BYTES / in_s)
-
-
-def spill_disk(folder: Path | None) -> Link:
-    """Return the link to the spill file, used as strategies do, beside a layer that computes."""
-    fresh = torch.ones(_PROBE_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8)
-    start = -fresh.data_ptr() % ALIGNMENT_BYTES
-    data = fresh[start : start + _PROBE_BYTES]
-    with tempfile.TemporaryFile(dir=folder or tempfile.gettempdir(), buffering=0) as file:
-        os.posix_fallocate(file.fileno(), 0, _PROBE_BYTES)
-        spill = PositionedFile(file.fileno(), is_direct=True)
-        try:
-            out_s, out_lost_s = _beside_computing(lambda: spill.write(0, data))
-            in_s, in_lost_s = _beside_computing(lambda: spill.read(0, data))
-        finally:
-            spill.close()
-    lost_s = (out_lost_s + in_lost_s) / 2
-    return Link(_PROBE_BYTES / out_s, _PROBE_BYTES / in_s, lost_s / _PROBE_BYTES)
-
-
-def _beside_computing(transfer: Callable[[], Any]) -> tuple[float, float]:
-    """Return the seconds of a transfer while all cores compute, and what it costs these."""
-    layer = nn.Conv2d(_CHANNELS, _CHANNELS, 1).requires_grad_(False)
-    x = torch.ones(1, _CHANNELS, _COMPUTED_PX, _COMPUTED_PX)
-    x = x.to(memory_format=torch.channels_last)
-
-    def compute() -> None:
-        layer(x).add_(x)
-
-    alone_s = _median_s(compute)
-
-    def transfers() -> None:
-        for _ in range(_MOST_TIMES):
-            transfer()
-
-    with start_io_threads("calibration") as executor:
-        transfer()
-        start_s, n_computed = time.perf_counter(), 0
-        future = executor.submit(transfers)
-        while not future.done():
-            compute()
-            n_computed += 1
-        took_s = time.perf_counter() - start_s
-        future.result()
-    lost_s = max(0.0, took_s - n_computed * alone_s)
-    return took_s / _MOST_TIMES, lost_s / _MOST_TIMES
+    return _wall_s(lambda: torch.empty(PROBE_BYTES, dtype=torch.uint8).fill_(1))
 
 
 def time_composition(
@@ -362,13 +292,9 @@ def time_composition(
     processor's tables; in a network it finds what other kernels left. Returns None where launching
     may take as long as computing, or the blocks do not fit.
     """
-    from torchvision.models.resnet import Bottleneck
-
     device = torch.device(profile.kind)
-    width = _BOTTLENECK_CHANNELS // Bottleneck.expansion
-    blocks = [Bottleneck(_BOTTLENECK_CHANNELS, width) for _ in range(n_blocks)]
-    model = nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
-    x = torch.empty(1, _BOTTLENECK_CHANNELS, side_px, side_px, device="meta")
+    model = bottlenecks(n_blocks).to(device)
+    x = torch.empty(1, BOTTLENECK_CHANNELS, side_px, side_px, device="meta")
     x = x.to(TORCH_DTYPES[dtype], memory_format=torch.channels_last)
     trace = trace_step(model, x, precision=dtype, loss=torch.sum)
     operations = [each for each in trace.operations if _is_of_blocks(each)]
@@ -397,6 +323,15 @@ def time_composition(
     if together_s <= 0:
         return None
     return CompositionSample(dtype, n_bytes // len(operations), together_s / kernels_s)
+
+
+def bottlenecks(n_blocks: int) -> nn.Module:
+    """Return blocks of ResNet-50, in channels-last; their input has `BOTTLENECK_CHANNELS`."""
+    from torchvision.models.resnet import Bottleneck
+
+    width = BOTTLENECK_CHANNELS // Bottleneck.expansion
+    blocks = [Bottleneck(BOTTLENECK_CHANNELS, width) for _ in range(n_blocks)]
+    return nn.Sequential(*blocks).to(memory_format=torch.channels_last)
 
 
 def _is_of_blocks(operation: Operation) -> bool:

@@ -1,0 +1,130 @@
+"""What a calibration times of swapping: links, and what transfers cost the cores that compute."""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, nn
+
+from umtrain import memory
+from umtrain.device import cpu_has_bf16
+from umtrain.memory.io_threads import start_io_threads
+from umtrain.memory.options import Options
+from umtrain.memory.positioned import PositionedFile
+from umtrain.planning.timing import BOTTLENECK_CHANNELS, PROBE_BYTES, bottlenecks, least_s
+from umtrain.streaming.storage import ALIGNMENT_BYTES
+
+_N_TIMES = 3
+_COMPUTED_PX = 128
+# Blocks of ResNet-50 that are swapped, pixels a side and how many: transfers cost by their number
+# where maps are small, by their bytes where maps are large.
+_SWAPPED = ((32, 6), (128, 3))
+_N_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes/s out of device memory and back; what a byte, and a transfer, cost computing cores."""
+
+    out_bytes_per_s: float
+    in_bytes_per_s: float
+    busy_s_per_byte: float = 0.0
+    transfer_s: float = 0.0
+
+
+def link_of_gpu(device: torch.device) -> Link:
+    """Return the link from a GPU to pinned memory."""
+    pinned = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    x = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
+    out_s = least_s(lambda: pinned.copy_(x, non_blocking=True), device)
+    in_s = least_s(lambda: x.copy_(pinned, non_blocking=True), device)
+    return Link(PROBE_BYTES / out_s, PROBE_BYTES / in_s)
+
+
+def spill_disk(folder: Path | None) -> Link:
+    """Return the link to the spill file, used as strategies do, beside a network that computes."""
+    fresh = torch.ones(PROBE_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8)
+    start = -fresh.data_ptr() % ALIGNMENT_BYTES
+    data = fresh[start : start + PROBE_BYTES]
+    with tempfile.TemporaryFile(dir=folder or tempfile.gettempdir(), buffering=0) as file:
+        os.posix_fallocate(file.fileno(), 0, PROBE_BYTES)
+        spill = PositionedFile(file.fileno(), is_direct=True)
+        try:
+            out_s = _beside_computing(lambda: spill.write(0, data))
+            in_s = _beside_computing(lambda: spill.read(0, data))
+        finally:
+            spill.close()
+    transfer_s, busy_s_per_byte = _costs_of_swapping(folder)
+    return Link(PROBE_BYTES / out_s, PROBE_BYTES / in_s, busy_s_per_byte, transfer_s)
+
+
+def _beside_computing(transfer: Callable[[], Any]) -> float:
+    """Return the seconds of a transfer while all cores compute."""
+    layer = bottlenecks(1).requires_grad_(False).eval()
+    x = _ones(_COMPUTED_PX)
+
+    def timed() -> None:
+        start_s = time.perf_counter()
+        transfer()
+        times_s.append(time.perf_counter() - start_s)
+
+    times_s: list[float] = []
+    transfer()
+    with start_io_threads("calibration") as executor:
+        for _ in range(_N_TIMES):
+            future = executor.submit(timed)
+            while not future.done():
+                layer(x)
+            future.result()
+    return statistics.median(times_s)
+
+
+def _costs_of_swapping(folder: Path | None) -> tuple[float, float]:
+    """Return what a transfer, and a byte, cost a step of `lms` that waits for neither."""
+    amounts, costs_s = [], []
+    for side_px, n_blocks in _SWAPPED:
+        model, x = bottlenecks(n_blocks), _ones(side_px)
+        for _ in range(_N_TIMES):
+            kept_s, _, _ = _step("vanilla", model, x, folder)
+            swapped_s, n_transfers, n_bytes = _step("lms", model, x, folder)
+            amounts.append((n_transfers, n_bytes))
+            costs_s.append(max(0.0, swapped_s - kept_s))
+    (transfer_s, s_per_byte), _ = nnls(amounts, costs_s)
+    return float(transfer_s), float(s_per_byte)
+
+
+def _step(
+    name: str, model: nn.Module, x: Tensor, folder: Path | None
+) -> tuple[float, float, float]:
+    """Return the seconds of a step under a strategy, its transfers and their bytes."""
+    strategy = memory.create_from(name, Options.parse(device="cpu", spill_dir=folder))
+    times_s = []
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
+            prepared = strategy.prepare(model, x)
+        for _ in range(_N_STEPS):
+            start_s = time.perf_counter()
+            with strategy.step():
+                with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
+                    output = prepared(x)
+                torch.autograd.backward(output.float().sum())
+            times_s.append(time.perf_counter() - start_s)
+            model.zero_grad()
+        stats = strategy.stats()
+    finally:
+        strategy.close()
+    n_in = (stats.prefetch_hits or 0) + (stats.prefetch_late or 0)
+    n_bytes = (stats.swapped_out_bytes or 0) + (stats.swapped_in_bytes or 0)
+    return statistics.median(times_s[1:]) - (stats.stall_s or 0.0), 2 * n_in, n_bytes
+
+
+def _ones(side_px: int) -> Tensor:
+    x = torch.ones(1, BOTTLENECK_CHANNELS, side_px, side_px)
+    return x.to(memory_format=torch.channels_last)
