@@ -127,11 +127,13 @@ def predicted_figures(
     model: str, precision: str, res: int, strategy: str, arguments: argparse.Namespace
 ) -> dict[str, object]:
     from umtrain.config import load_config
+    from umtrain.memory.allocator import recycle_large_buffers
     from umtrain.memory.options import Options
     from umtrain.plan_subject import make_planned
     from umtrain.planning.machine import free_profile
     from umtrain.planning.predict import predict
 
+    recycle_large_buffers(arguments.device)
     profile = free_profile(Options.parse(device=arguments.device))
     config = load_config(overrides_of(model, precision, res, arguments))
     planned = make_planned(config, profile)

@@ -29,7 +29,7 @@ from umtrain.planning.data_parallel import Scaling, scale_out
 from umtrain.planning.predict import Prediction, estimate, predict
 from umtrain.planning.profile import Profile
 from umtrain.planning.spread import Spread, spread_rows
-from umtrain.planning.strategies import STRATEGIES
+from umtrain.planning.strategies import STRATEGIES, STREAM
 from umtrain.report.plots_plan import plan_plot
 from umtrain.units import format_bytes
 
@@ -38,6 +38,11 @@ PLAN_NAME, PICTURE_NAME = "plan.json", "plan.png"
 # memory=auto tries all of them too, and a plan always says which it takes.
 _ALL = ("all", "auto")
 _NOTHING = "-"
+_HEAP_TEXT = (
+    "there is no page pool here (umtrain doctor): what strategies other than stream are said to "
+    "hold includes holes of the heap, the most that were seen; memory.device_budget leaves none, "
+    "and takes longer"
+)
 _COLUMNS = (
     "fits",
     "device, GiB",
@@ -72,11 +77,6 @@ def plan(words: list[str], console: Console) -> int:
         f"predicted, not measured, for {profile.title}: device memory "
         f"{format_bytes(profile.device_bytes)}, host memory {format_bytes(profile.host_bytes)}"
     )
-    if not profile.has_page_pool:
-        console.say(
-            "device memory includes the most that holes of glibc's heap were seen to take, up to "
-            "0.9 of what is alive: there is no page pool here, see umtrain doctor"
-        )
     rows: list[dict[str, Any]] = []
     scalings: dict[str, Any] = {}
     autos: dict[str, str] = {}
@@ -111,12 +111,16 @@ def plan(words: list[str], console: Console) -> int:
 def profile_for(request: Request, config: RunConfig, console: Console) -> Profile:
     """Return the machine that is planned for; this one's spill file lies where `config` says."""
     spill_dir = config.memory.spill_dir
-    return resolve_profile(
+    profile = resolve_profile(
         request.words.device,
         console,
         again=request.again,
         spill_dir=Path(spill_dir).expanduser() if spill_dir else None,
     )
+    is_heap = profile.kind == "cpu" and not profile.has_page_pool
+    if is_heap and config.memory.device_budget is None and request.strategies != (STREAM,):
+        console.say(_HEAP_TEXT)
+    return profile
 
 
 def parse(words: list[str]) -> Request:

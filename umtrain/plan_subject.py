@@ -20,6 +20,7 @@ from umtrain.data.manifest import Kind, Split, read_manifest
 from umtrain.device import resolve_device
 from umtrain.errors import ConfigError
 from umtrain.files import cache_folder
+from umtrain.memory.allocator import recycle_large_buffers
 from umtrain.memory.options import Options
 from umtrain.optimization import N_STATES
 from umtrain.planning.calibration import calibrated
@@ -129,6 +130,7 @@ def resolve_profile(
             )
         return load_profile(name)
     device = resolve_device(name)
+    recycle_large_buffers(device.type)  # what is planned for is a process that trains
     with _progress(console) as progress:
         calibrated(
             device,

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from umtrain.compiler import cpp_compiler
 from umtrain.console import Console
 from umtrain.device import device_name
 from umtrain.errors import ConfigError
@@ -190,23 +191,23 @@ def test_this_machine_is_not_measured_twice(umtrain, calibrated_env, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
 def test_without_a_compiler_a_step_takes_no_more_than_the_plan_that_says_so(
     umtrain, calibrated_env, tmp_path
 ):
-    words = ("dataset=spine", "res=512", "precision=fp32", "device=cpu", "memory=vanilla")
+    words = ("dataset=spine", "res=1024", "precision=fp32", "device=cpu", "memory=vanilla")
+    without_pool = calibrated_env | {"CXX": str(tmp_path / "no-compiler")}
     planned = {}
-    for name, more in (("pool", {}), ("heap", {"CXX": str(tmp_path / "no-compiler")})):
-        env = calibrated_env | more
+    for name, env in (("pool", calibrated_env), ("heap", without_pool)):
         done = umtrain("plan", *words, f"out={name}", cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
         assert ("there is no page pool here" in done.stdout) == (name == "heap")
         (row,) = plan_of(tmp_path / name)["rows"]
         planned[name] = row["device_peak_bytes"]
-    trial = [sys.executable, "-m", "umtrain.trial", "3", "0", *words]
-    done = subprocess.run(trial, env=env, capture_output=True, text=True, check=True)
+    trial = [sys.executable, "-m", "umtrain.trial", "2", "0", *words]
+    done = subprocess.run(trial, env=without_pool, capture_output=True, text=True, check=True)
     took = json.loads(done.stdout.splitlines()[-1])["memory_use"]["device_peak_bytes"]
-    assert planned["pool"] < planned["heap"]
-    assert took <= planned["heap"]
+    assert planned["pool"] < took <= planned["heap"]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.memory import allocator
-from umtrain.planning import calibration, timing
+from umtrain.planning import calibration, timing, timing_swapping
 from umtrain.planning.calibration import (
     calibrated,
     local_profile,
@@ -19,6 +21,7 @@ from umtrain.planning.calibration import (
 from umtrain.planning.profile import load_profile, profile_names
 from umtrain.planning.seconds import operation_seconds
 from umtrain.planning.timing import COMPOSED
+from umtrain.planning.timing_swapping import fit_costs
 from umtrain.planning.tracing import trace_step
 
 CPU = torch.device("cpu")
@@ -90,9 +93,35 @@ def test_every_figure_is_positive_and_finite(profile):
     assert all(0 < figure < math.inf for figure in figures)
 
 
-def test_what_transfers_cost_the_cores_is_no_gain_and_less_than_a_tenth_of_a_second(profile):
-    assert 0 <= profile.link_busy_s_per_byte < 1e-7
-    assert 0 <= profile.transfer_s < 0.1
+@given(
+    transfer_s=st.floats(0, 1e-2),
+    s_per_byte=st.floats(0, 1e-8),
+    amounts=st.lists(
+        st.tuples(st.integers(1, 500), st.integers(2**18, 2**32)), min_size=1, max_size=6
+    ),
+)
+def test_what_a_transfer_and_a_byte_cost_explains_what_steps_took(transfer_s, s_per_byte, amounts):
+    costs_s = [n * transfer_s + n_bytes * s_per_byte for n, n_bytes in amounts]
+    found = fit_costs(amounts, costs_s)
+    again_s = [n * found[0] + n_bytes * found[1] for n, n_bytes in amounts]
+    assert again_s == pytest.approx(costs_s, rel=1e-4, abs=1e-6)
+
+
+def test_steps_that_were_no_slower_cost_nothing():
+    assert fit_costs([(70, 2**25), (35, 2**28)], [-0.01, -0.002]) == (0, 0)
+
+
+def test_without_room_to_swap_the_generic_machine_s_costs_are_taken(monkeypatch, caplog):
+    def refuse(*arguments):
+        raise OutOfMemoryError("the disk is full")
+
+    monkeypatch.setattr(timing_swapping, "_step", refuse)
+    generic = load_profile("generic_cpu")
+    assert timing_swapping._costs_of_swapping(None) == (
+        generic.transfer_s,
+        generic.link_busy_s_per_byte,
+    )
+    assert "not measured, but taken from generic_cpu: the disk is full" in caplog.text
 
 
 def test_a_step_that_was_timed_can_be_predicted(profile):

@@ -92,12 +92,13 @@ def test_a_host_that_runs_ahead_keeps_what_it_did_not_see_leave(chain):
     in_step = run(chain, bytes_per_s=100 * MIB)
     held_in_step = sum(stay.n_bytes for stay in in_step.stays if stay.last == end)
     assert held == held_in_step + 2 * MIB  # the window
-    assert usage.extra_s == 0
+    assert usage.extra_s == pytest.approx(1e-3)  # of the first launch
 
 
 def test_a_gpu_waits_for_a_host_that_is_busy_with_transfers(chain):
-    n_transfers = N_MAPS + N_MAPS - 1  # all go out; the last map is read before it has left
     quick, slow = Launching(1.0, 0.0), Launching(1.0, 0.5)
-    assert run(chain, bytes_per_s=1000 * MIB, launching=quick).extra_s == 0
-    waited_s = run(chain, bytes_per_s=1000 * MIB, launching=slow).extra_s
-    assert waited_s == pytest.approx(0.5 * n_transfers, abs=1)
+    first_s = run(chain, bytes_per_s=1000 * MIB, launching=quick).extra_s
+    usage = run(chain, bytes_per_s=1000 * MIB, launching=slow)
+    n_transfers = (usage.out_bytes + usage.in_bytes) / MIB
+    assert first_s == pytest.approx(1.0, abs=0.1)
+    assert usage.extra_s - first_s == pytest.approx(0.5 * n_transfers, abs=0.1)

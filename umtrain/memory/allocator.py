@@ -64,6 +64,11 @@ def set_freed_buffers(choice: FreedBuffers) -> FreedBuffers:
     return before
 
 
+def has_page_pool() -> bool:
+    """Return whether torch's buffers in this process come from the pool of pages."""
+    return _pool is not None
+
+
 def give_back_free_memory() -> None:
     """Give the kernel what the pool and the heap have free."""
     if _pool is not None:

@@ -208,7 +208,7 @@ def calibrate(
     dtypes = [dtype for dtype in TORCH_DTYPES if native_bf16 or dtype != "bf16"]
     composed = [(dtype, *blocks) for dtype in dtypes for blocks in COMPOSED[device.type]]
     n_all = len(TORCH_DTYPES) * len(shapes) + len(passes) + 2 + len(composed)
-    # What is imitated comes last: its first kernels say nothing of how long the others take.
+    # What is imitated comes last: its kernels would mislead the estimate of what is left to do.
     limits_s = dict.fromkeys(dtypes, _CONVOLUTIONS_S[True])
     limits_s |= {d: _CONVOLUTIONS_S[False] for d in TORCH_DTYPES if d not in dtypes}
     convolutions = _time_convolutions(

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from umtrain.memory.allocator import has_page_pool
 from umtrain.memory.available import available_bytes
 from umtrain.memory.options import Options
-from umtrain.memory.page_pool import install_page_pool
 from umtrain.memory.tensors import model_bytes
 from umtrain.planning.calibration import local_profile
 from umtrain.planning.profile import Profile
@@ -24,18 +24,16 @@ def free_profile(options: Options, model: nn.Module | None = None) -> Profile:
     Host memory is RAM beside a GPU, and without one the disk of the spill file.
     """
     ram_bytes = max(0, available_bytes() - options.readers_bytes)
-    has_page_pool = True
     if options.device == "cuda":
         device_bytes, host_bytes = int(torch.cuda.mem_get_info()[0]), ram_bytes
     else:
         device_bytes, host_bytes = ram_bytes, _free_disk_bytes(options.spill_dir)
-        has_page_pool = install_page_pool() is not None
     device_bytes += 0 if model is None else model_bytes(model)
     return dataclasses.replace(
         local_profile(options.device),
         device_bytes=device_bytes,
         host_bytes=host_bytes,
-        has_page_pool=has_page_pool,
+        has_page_pool=has_page_pool(),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.memory.options import Options
 from umtrain.planning.profile import Profile
-from umtrain.planning.residence import hole_share, least_bytes, residence_of
+from umtrain.planning.residence import least_bytes, residence_of
 from umtrain.planning.strategies import PLANNERS, STREAM, Setting
 from umtrain.planning.streamed import least_stream_bytes, plan_stream
 from umtrain.planning.subject import Subject
@@ -72,8 +72,7 @@ def estimate(subject: Subject, strategy: str, profile: Profile, options: Options
 
 def _judged(setting: Setting, strategy: str, usage: Usage) -> Prediction:
     subject, profile = setting.subject, setting.profile
-    holes = hole_share(strategy, profile)
-    residence = residence_of(usage, profile, is_budgeted=setting.is_budgeted, holes=holes)
+    residence = residence_of(usage, profile, is_budgeted=setting.is_budgeted)
     peak_bytes = residence.peak_bytes
     least = least_bytes(usage, profile)
     compute_s = sum(subject.seconds(usage.trace, profile)) + usage.extra_s

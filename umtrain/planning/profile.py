@@ -83,8 +83,8 @@ class Profile:
     Rates are those of one device. `out_bytes_per_s` and `in_bytes_per_s` are the link's between
     device memory and where swapped data rests: pinned host memory, or the spill file of a machine
     without a GPU, whose `device_bytes` is its RAM; a byte on the link costs the cores that compute
-    `link_busy_s_per_byte` and a transfer on it `transfer_s`; fresh memory, given back again, costs
-    `first_touch_s_per_byte`.
+    `link_busy_s_per_byte` and a transfer on it, without a GPU, `transfer_s`; fresh memory, given
+    back again, costs `first_touch_s_per_byte`.
     `matrix_flops_per_s` is by dtype; `efficiency` is a convolution's share of it by kind
     (`CONVOLUTIONS`), `backward_efficiency` the share of the forward speed that backward has;
     `pass_efficiency` (`PASSES`) is of `memory_bytes_per_s`. Samples of convolutions and passes,

@@ -23,11 +23,6 @@ _MATRIX_PRODUCTS = {"addmm", "mm", "bmm", "baddbmm"}
 _CUDA_GRANULE_BYTES = 512
 # Without a GPU pages, and the units of the pool of pages for what it serves (page_pool.cpp).
 _PAGE_BYTES, _UNIT_BYTES, _POOLED_FROM_BYTES = 4096, 512 * 2**10, 2**20
-# What holes of glibc's heap take beside what is alive, as a share of it, where no pool serves: the
-# worst of 96 steps (ResUNet35 at 2048 pixels; ResNets at 256 have next to none), in bf16; and the
-# worst where a strategy keeps them small (`umtrain.memory.allocator.HeapHoles`).
-_HOLES, _KEPT_SMALL_HOLES = 0.9, 0.4
-_KEEPS_HOLES_SMALL = ("checkpoint", "vdnn", "lms")
 
 
 def process_bytes(trace: StepTrace, device_kind: str) -> int:
@@ -47,19 +42,8 @@ class Residence:
     fresh_bytes: int
 
 
-def hole_share(strategy: str, profile: Profile) -> float:
-    """Return what holes between buffers take at worst under `strategy`, as a share of those."""
-    if profile.kind == "cuda" or profile.has_page_pool:
-        return 0.0
-    return _KEPT_SMALL_HOLES if strategy in _KEEPS_HOLES_SMALL else _HOLES
-
-
-def residence_of(
-    usage: Usage, profile: Profile, *, is_budgeted: bool, holes: float = 0.0
-) -> Residence:
+def residence_of(usage: Usage, profile: Profile, *, is_budgeted: bool) -> Residence:
     """Return what is in device memory at most, and how much of it comes as fresh pages.
-
-    `holes` is what `hole_share` says; a budget leaves none, as freed buffers go to the kernel.
 
     Of managed memory, which a record counts wherever it is, only what is on the device: all of it
     where there is room.
@@ -68,16 +52,20 @@ def residence_of(
     live = live_bytes(usage, profile)
     beside_bytes = resident_bytes(usage.trace, profile.kind)
     beside_bytes += process_bytes(usage.trace, profile.kind)
+    beside_bytes += hole_bytes(usage, live)
     held_bytes = max((a + b for a, b in zip(live, pages, strict=True)), default=0) + beside_bytes
     if profile.kind == "cpu" and is_budgeted:
         # Freed buffers go back to the kernel: each is touched anew every time.
         return Residence(held_bytes, sum(stay.n_bytes for stay in usage.stays))
-    most_bytes = max(live, default=0)
-    held_bytes += int(holes * most_bytes)
     if profile.kind == "cpu":
-        in_buffers_bytes = int((1 + holes) * most_bytes) + beside_bytes
+        in_buffers_bytes = max(live, default=0) + beside_bytes
         held_bytes = min(held_bytes, max(in_buffers_bytes, profile.device_bytes))
     return Residence(held_bytes, 0)
+
+
+def hole_bytes(usage: Usage, live: list[int]) -> int:
+    """Return what holes take beside buffers of which `live` bytes are alive."""
+    return int(usage.hole_share * max(live, default=0))
 
 
 def least_bytes(usage: Usage, profile: Profile) -> int:

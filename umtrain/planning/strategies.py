@@ -13,7 +13,8 @@ from umtrain.memory.options import Options
 from umtrain.memory.paging_managed import MANAGED_BLOCK_BYTES
 from umtrain.planning.paging import Grouped, Pager
 from umtrain.planning.profile import Profile, load_profile
-from umtrain.planning.residence import live_bytes, process_bytes
+from umtrain.planning.residence import hole_bytes, live_bytes, process_bytes
+from umtrain.planning.seconds import operation_seconds
 from umtrain.planning.step import Allocation, StepTrace
 from umtrain.planning.subject import Subject
 from umtrain.planning.swapping import Launching, Link, swapped
@@ -25,6 +26,10 @@ from umtrain.streaming.storage import ALIGNMENT_BYTES
 # pixels from 26 to 47 ms, and from 20 to 39; a host of such a machine was seen to need twice that,
 # and the H100 of the README, whose processor was slower, took more too.
 _LAUNCHES_PER_TRANSFER = 2.5
+# What holes of the heap take beside what is alive where no page pool serves, as a share of it: the
+# worst of 96 steps, in bf16 (ResUNet35 at 2048 pixels; ResNets at 256 have next to none), and the
+# worst under a strategy that keeps them small (`umtrain.memory.allocator.HeapHoles`).
+_HOLES, _SMALL_HOLES = 0.9, 0.4
 # A saved tensor is read once and written twice on its way into the mapped file.
 _PASSES_INTO_FILE = 3
 
@@ -57,15 +62,21 @@ class Setting:
         """Return whether there is a budget beside what the device has."""
         return self.options.device_budget_bytes is not None
 
+    def hole_share(self, share: float) -> float:
+        """Return `share` if freed buffers leave holes: neither a pool nor the kernel takes them."""
+        is_heap = self.profile.kind == "cpu" and not self.profile.has_page_pool
+        return share if is_heap and not self.is_budgeted else 0.0
+
 
 def plan_vanilla(setting: Setting) -> Usage:
     """Everything stays where it is."""
-    return kept(setting.subject.trace())
+    return replace(kept(setting.subject.trace()), hole_share=setting.hole_share(_HOLES))
 
 
 def plan_checkpoint(setting: Setting) -> Usage:
     """Groups run twice: a step of its own, traced under the strategy's own wrapping."""
-    return kept(setting.subject.recomputed(setting.options))
+    usage = kept(setting.subject.recomputed(setting.options))
+    return replace(usage, hole_share=setting.hole_share(_SMALL_HOLES))
 
 
 def plan_placement(setting: Setting) -> Usage:
@@ -158,14 +169,16 @@ def _swapped(
     link = Link(profile.out_bytes_per_s, profile.in_bytes_per_s, lead_bytes)
     seconds = setting.subject.seconds(trace, profile)
     if profile.kind == "cuda":
-        transfer_s = _LAUNCHES_PER_TRANSFER * profile.launch_s
-        launching = Launching(profile.launch_s, transfer_s)
-        return swapped(trace, seconds, link, goes, window_bytes, ends_with_layer, launching)
+        launching = Launching(profile.launch_s, _LAUNCHES_PER_TRANSFER * profile.launch_s)
+        kernels = [operation_seconds(each, profile) for each in trace.operations]
+        usage = swapped(trace, kernels, link, goes, window_bytes, ends_with_layer, launching)
+        # Waits for launches that copies do not hide; `seconds` have those of a step without any.
+        return replace(usage, extra_s=usage.extra_s - (sum(seconds) - sum(kernels)))
     usage = swapped(trace, seconds, link, goes, window_bytes, ends_with_layer)
     n_transfers = 2 * sum(goes(a) is not None for a in step_allocations(trace))
     moved_bytes = usage.out_bytes + usage.in_bytes
     extra_s = n_transfers * profile.transfer_s + moved_bytes * profile.link_busy_s_per_byte
-    return replace(usage, extra_s=extra_s)
+    return replace(usage, extra_s=extra_s, hole_share=setting.hole_share(_SMALL_HOLES))
 
 
 def _paged(setting: Setting, groups: Grouped | None) -> Usage:
@@ -177,9 +190,11 @@ def _paged(setting: Setting, groups: Grouped | None) -> Usage:
     blocks = [a for a in allocations if _is_paged(a, smallest_bytes)]
     others = [stay_of(a) for a in allocations if not _is_paged(a, smallest_bytes)]
     # A GPU's pages are the tensors themselves; a file has copies, and originals beside them.
-    heap = Usage(trace, [*others, *(_original(a) for a in blocks)] if is_cpu else others)
+    hole_share = setting.hole_share(_HOLES)
+    stays = [*others, *(_original(a) for a in blocks)] if is_cpu else others
+    heap = Usage(trace, stays, hole_share=hole_share)
     if is_cpu and _is_plenty(setting):
-        return replace(kept(trace), least_stays=heap.stays)
+        return replace(kept(trace), least_stays=heap.stays, hole_share=hole_share)
     rooms = _rooms(setting, heap)
     seconds = setting.subject.seconds(trace, profile)
     moved = Pager(trace, blocks, rooms, profile, groups).run(seconds)
@@ -195,6 +210,7 @@ def _paged(setting: Setting, groups: Grouped | None) -> Usage:
         in_bytes=moved.in_bytes,
         stall_s=moved.stall_s,
         extra_s=_PASSES_INTO_FILE * copied_bytes / profile.memory_bytes_per_s,
+        hole_share=hole_share,
     )
 
 
@@ -219,8 +235,9 @@ def _rooms(setting: Setting, heap: Usage) -> list[int]:
     """Return what pages may take during each operation."""
     taken = resident_bytes(heap.trace, setting.profile.kind)
     taken += process_bytes(heap.trace, setting.profile.kind)
-    left_bytes = setting.limit_bytes - taken
-    return [max(0, left_bytes - level) for level in live_bytes(heap, setting.profile)]
+    live = live_bytes(heap, setting.profile)
+    left_bytes = setting.limit_bytes - taken - hole_bytes(heap, live)
+    return [max(0, left_bytes - level) for level in live]
 
 
 def _within(pages: list[Stay], rooms: list[int]) -> list[Stay]:

@@ -30,7 +30,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Launching:
-    """A host that runs ahead of its GPU: the seconds it takes for an operation, and a transfer."""
+    """A host that runs ahead of its GPU, and its seconds for an operation and for a transfer."""
 
     operation_s: float
     transfer_s: float
@@ -92,10 +92,10 @@ class _Swap:
         self.now_s = max(self.now_s, time_s)
 
     def compute(self, operation_s: float) -> None:
-        """Let an operation run."""
-        self.now_s += operation_s
+        """Let an operation run, once it is launched."""
         if self.launching is not None:
             self._launch(self.launching.operation_s)
+        self.now_s += operation_s
 
     def _transfer(self) -> None:
         if self.launching is not None:
@@ -135,7 +135,8 @@ def swapped(
 
     `seconds` are those of each operation; after the forward operations for which
     `ends_with_layer` is true, compute waits until everything is out. A host that runs ahead, by
-    `launching`, asks that much earlier what is out, and `extra_s` is what a GPU waits for it.
+    `launching`, asks that much earlier what is out; `seconds` are then the kernels' alone, and
+    `extra_s` is what these wait for it.
     """
     swap = _Swap(trace, link, window_bytes, launching)
     allocations = step_allocations(trace)

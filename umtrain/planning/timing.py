@@ -171,7 +171,7 @@ def least_s(run: Callable[[], Any], device: torch.device) -> float:
     return min(found)
 
 
-def median_s(run: Callable[[], Any]) -> float:
+def _median_s(run: Callable[[], Any]) -> float:
     """Return the median seconds of a few runs, after one that is left out."""
     run()
     return statistics.median(_wall_s(run) for _ in range(_MOST_TIMES))
@@ -217,7 +217,7 @@ def _n_products(device: torch.device) -> int:
             a @ a
         torch.cuda.synchronize(device)
 
-    return math.ceil(_BUSY_S / (median_s(run) / _N_IN_A_ROW))
+    return math.ceil(_BUSY_S / (_median_s(run) / _N_IN_A_ROW))
 
 
 def matrix_rate(dtype: str, device: torch.device, *, is_native: bool) -> float:
@@ -247,7 +247,7 @@ def launch_s(device: torch.device) -> float:
             torch.cuda.synchronize()
 
     n_operations = 2 * len(blocks)
-    return median_s(run) / n_operations
+    return _median_s(run) / n_operations
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,30 @@
 """What a calibration times of swapping: links, and what transfers cost the cores that compute."""
 
+import logging
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from umtrain import memory
 from umtrain.device import cpu_has_bf16
+from umtrain.errors import DeviceError, OutOfMemoryError
+from umtrain.memory.hooked import SMALLEST_MOVED_BYTES
 from umtrain.memory.io_threads import start_io_threads
 from umtrain.memory.options import Options
 from umtrain.memory.positioned import PositionedFile
+from umtrain.planning.profile import load_profile
 from umtrain.planning.timing import BOTTLENECK_CHANNELS, PROBE_BYTES, bottlenecks, least_s
 from umtrain.streaming.storage import ALIGNMENT_BYTES
+
+_log = logging.getLogger(__name__)
 
 _N_TIMES = 3
 _COMPUTED_PX = 128
@@ -68,7 +73,7 @@ def spill_disk(folder: Path | None) -> Link:
 def _beside_computing(transfer: Callable[[], Any]) -> float:
     """Return the seconds of a transfer while all cores compute."""
     layer = bottlenecks(1).requires_grad_(False).eval()
-    x = _ones(_COMPUTED_PX)
+    x = _noise(_COMPUTED_PX)
 
     def timed() -> None:
         start_s = time.perf_counter()
@@ -87,44 +92,81 @@ def _beside_computing(transfer: Callable[[], Any]) -> float:
 
 
 def _costs_of_swapping(folder: Path | None) -> tuple[float, float]:
-    """Return what a transfer, and a byte, cost a step of `lms` that waits for neither."""
+    """Return what a transfer, and a byte, cost the cores: by how much steps of `lms` are longer."""
     amounts, costs_s = [], []
-    for side_px, n_blocks in _SWAPPED:
-        model, x = bottlenecks(n_blocks), _ones(side_px)
-        for _ in range(_N_TIMES):
-            kept_s, _, _ = _step("vanilla", model, x, folder)
-            swapped_s, n_transfers, n_bytes = _step("lms", model, x, folder)
-            amounts.append((n_transfers, n_bytes))
-            costs_s.append(max(0.0, swapped_s - kept_s))
-    (transfer_s, s_per_byte), _ = nnls(amounts, costs_s)
-    return float(transfer_s), float(s_per_byte)
+    try:
+        for side_px, n_blocks in _SWAPPED:
+            model, x = bottlenecks(n_blocks), _noise(side_px)
+            n_transfers = 2 * _n_moved(model, x)
+            for _ in range(_N_TIMES):
+                kept_s, _ = _step("vanilla", model, x, folder)
+                swapped_s, n_bytes = _step("lms", model, x, folder)
+                amounts.append((n_transfers, n_bytes))
+                costs_s.append(swapped_s - kept_s)
+    except (OutOfMemoryError, DeviceError) as error:
+        generic = load_profile("generic_cpu")
+        _log.warning(
+            "what swapping costs was not measured, but taken from %s: %s", generic.name, error
+        )
+        return generic.transfer_s, generic.link_busy_s_per_byte
+    return fit_costs(amounts, costs_s)
 
 
-def _step(
-    name: str, model: nn.Module, x: Tensor, folder: Path | None
-) -> tuple[float, float, float]:
-    """Return the seconds of a step under a strategy, its transfers and their bytes."""
+def fit_costs(amounts: Sequence[tuple[int, int]], costs_s: Sequence[float]) -> tuple[float, float]:
+    """Return the seconds a transfer and a byte, neither below 0, that come nearest to `costs_s`.
+
+    `amounts` are the transfers of each step, and their bytes.
+    """
+    from scipy.optimize import nnls
+
+    in_mib = [(n_transfers, n_bytes / 2**20) for n_transfers, n_bytes in amounts]
+    (transfer_s, s_per_mib), _ = nnls(in_mib, costs_s)
+    return float(transfer_s), float(s_per_mib) / 2**20
+
+
+def _n_moved(model: nn.Module, x: Tensor) -> int:
+    """Return how many tensors a strategy moves that moves whatever is saved."""
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    found = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.nbytes >= SMALLEST_MOVED_BYTES["cpu"] and tensor.data_ptr() not in weights:
+            found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _autocast():
+        model(x)
+    return len({tensor.data_ptr() for tensor in found})
+
+
+def _step(name: str, model: nn.Module, x: Tensor, folder: Path | None) -> tuple[float, int]:
+    """Return the seconds that a step computes for under a strategy, and the bytes that it moves."""
     strategy = memory.create_from(name, Options.parse(device="cpu", spill_dir=folder))
     times_s = []
     try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
-            prepared = strategy.prepare(model, x)
+        with _autocast():
+            model = strategy.prepare(model, x)
         for _ in range(_N_STEPS):
             start_s = time.perf_counter()
             with strategy.step():
-                with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
-                    output = prepared(x)
-                torch.autograd.backward(output.float().sum())
-            times_s.append(time.perf_counter() - start_s)
+                with _autocast():
+                    output = model(x)
+                # A loss of a map would hand down its gradient in rows.
+                torch.autograd.backward(output, torch.ones_like(output))
+            took_s = time.perf_counter() - start_s
+            stats = strategy.stats()
+            times_s.append(took_s - (stats.stall_s or 0.0))
             model.zero_grad()
-        stats = strategy.stats()
     finally:
         strategy.close()
-    n_in = (stats.prefetch_hits or 0) + (stats.prefetch_late or 0)
     n_bytes = (stats.swapped_out_bytes or 0) + (stats.swapped_in_bytes or 0)
-    return statistics.median(times_s[1:]) - (stats.stall_s or 0.0), 2 * n_in, n_bytes
+    return statistics.median(times_s[1:]), n_bytes
 
 
-def _ones(side_px: int) -> Tensor:
-    x = torch.ones(1, BOTTLENECK_CHANNELS, side_px, side_px)
+def _autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16())
+
+
+def _noise(side_px: int) -> Tensor:
+    x = torch.randn(1, BOTTLENECK_CHANNELS, side_px, side_px)
     return x.to(memory_format=torch.channels_last)

@@ -31,7 +31,8 @@ class Usage:
     `stays` are buffers that an allocator hands out; `pages` are saved tensors on pages that the OS
     maps beside them. `stall_s` is what compute waits for copies or faults, `extra_s` work that
     ordinary training has not. `least_stays` are what it would keep under the least
-    budget, where that is less.
+    budget, where that is less. `hole_share` is what holes between buffers take at most, as a share
+    of those.
     """
 
     trace: StepTrace
@@ -43,6 +44,7 @@ class Usage:
     stall_s: float = 0.0
     extra_s: float = 0.0
     least_stays: list[Stay] | None = None
+    hole_share: float = 0.0
 
 
 # What a step allocates; the rest was there before it.
