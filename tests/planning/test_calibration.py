@@ -38,6 +38,15 @@ def a_step():
     return trace_step(model, image, precision="fp32")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_steps_are_swapped():
+    """Swap maps of 64 KiB, once: what real ones cost takes a quarter of a minute to find."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing_swapping, "_SWAPPED", ((8, 2),))
+        patch.setattr(timing_swapping, "_N_TIMES", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
