@@ -117,8 +117,8 @@ def profile_for(request: Request, config: RunConfig, console: Console) -> Profil
         again=request.again,
         spill_dir=Path(spill_dir).expanduser() if spill_dir else None,
     )
-    is_heap = profile.kind == "cpu" and not profile.has_page_pool
-    if is_heap and config.memory.device_budget is None and request.strategies != (STREAM,):
+    is_budgeted = config.memory.device_budget is not None
+    if profile.leaves_holes and not is_budgeted and request.strategies != (STREAM,):
         console.say(_HEAP_TEXT)
     return profile
 

@@ -28,6 +28,7 @@ from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.files import cache_folder, write_json
 from umtrain.memory.allocator import (
     give_back_free_memory,
+    has_page_pool,
     recycle_large_buffers,
     set_freed_buffers,
 )
@@ -204,7 +205,8 @@ def calibrate(
     shapes = distinct_convolutions(steps)
     Random(0).shuffle(shapes)
     passes = [(d, n) for d in TORCH_DTYPES for n in PASS_BYTES]
-    native_bf16 = device.type == "cuda" or cpu_has_bf16()
+    is_gpu = device.type == "cuda"
+    native_bf16 = is_gpu or cpu_has_bf16()
     dtypes = [dtype for dtype in TORCH_DTYPES if native_bf16 or dtype != "bf16"]
     composed = [(dtype, *blocks) for dtype in dtypes for blocks in COMPOSED[device.type]]
     n_all = len(TORCH_DTYPES) * len(shapes) + len(passes) + 2 + len(composed)
@@ -216,16 +218,16 @@ def calibrate(
     )
     n_done = len(TORCH_DTYPES) * len(shapes)
     pass_samples: list[PassSample] = []
-    for dtype, n_bytes in passes:
-        progress(n_done, n_all, f"passes {dtype}")
+    for done, (dtype, n_bytes) in enumerate(passes, n_done):
+        progress(done, n_all, f"passes {dtype}")
         pass_samples += time_passes(dtype, n_bytes, device)
-        n_done += 1
+    n_done += len(passes)
     progress(n_done, n_all, "memory")
     memory = measure_memory(device)
-    progress(n_done + 1, n_all, "link to host memory")
-    link = link_of_gpu(device) if device.type == "cuda" else spill_disk(spill_dir)
+    progress(n_done + 1, n_all, "link to host memory" if is_gpu else "spill disk and swapping")
+    link = link_of_gpu(device) if is_gpu else spill_disk(spill_dir)
     n_done += 2
-    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    kind: Literal["cpu", "cuda"] = "cuda" if is_gpu else "cpu"
     profile = Profile(
         name="this machine",
         title=device_title,
@@ -244,15 +246,15 @@ def calibrate(
         launch_s=launch_s(device),
         migration=migration_of(kind, device_title, memory.device_bytes),
         native_bf16=native_bf16,
+        has_page_pool=has_page_pool(),
         first_touch_s_per_byte=memory.first_touch_s_per_byte,
         convolution_samples=tuple(convolutions),
         pass_samples=tuple(pass_samples),
     )
     samples: list[CompositionSample | None] = []
-    for dtype, side_px, n_blocks in composed:
-        progress(n_done, n_all, f"blocks {dtype}")
+    for done, (dtype, side_px, n_blocks) in enumerate(composed, n_done):
+        progress(done, n_all, f"blocks {dtype}")
         samples.append(time_composition(dtype, side_px, n_blocks, profile))
-        n_done += 1
     progress(n_all, n_all, "")
     return dataclasses.replace(profile, composition_samples=tuple(filter(None, samples)))
 

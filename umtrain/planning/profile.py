@@ -122,6 +122,11 @@ class Profile:
     composition_samples: tuple[CompositionSample, ...] = ()
 
     @property
+    def leaves_holes(self) -> bool:
+        """Return whether freed buffers leave holes in the heap, unless a budget gives them back."""
+        return self.kind == "cpu" and not self.has_page_pool
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """Return the dtypes whose speed is known."""
         return tuple(self.matrix_flops_per_s)

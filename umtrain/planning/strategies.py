@@ -64,8 +64,7 @@ class Setting:
 
     def hole_share(self, share: float) -> float:
         """Return `share` if freed buffers leave holes: neither a pool nor the kernel takes them."""
-        is_heap = self.profile.kind == "cpu" and not self.profile.has_page_pool
-        return share if is_heap and not self.is_budgeted else 0.0
+        return share if self.profile.leaves_holes and not self.is_budgeted else 0.0
 
 
 def plan_vanilla(setting: Setting) -> Usage:
