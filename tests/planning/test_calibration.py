@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from umtrain.errors import ConfigError, OutOfMemoryError
 from umtrain.memory import allocator
-from umtrain.planning import calibration, timing, timing_swapping
+from umtrain.planning import calibration, timing, timing_networks, timing_swapping
 from umtrain.planning.calibration import (
     calibrated,
     local_profile,
@@ -20,7 +20,7 @@ from umtrain.planning.calibration import (
 )
 from umtrain.planning.profile import load_profile, profile_names
 from umtrain.planning.seconds import operation_seconds
-from umtrain.planning.timing import COMPOSED
+from umtrain.planning.timing_networks import COMPOSED_PX, TimedStep
 from umtrain.planning.timing_swapping import fit_costs
 from umtrain.planning.tracing import trace_step
 
@@ -38,12 +38,22 @@ def a_step():
     return trace_step(model, image, precision="fp32")
 
 
+def a_network():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU()
+    )
+
+
 @pytest.fixture(scope="module", autouse=True)
-def small_steps_are_swapped():
-    """Swap maps of 64 KiB, once: what real ones cost takes a quarter of a minute to find."""
+def small_steps_are_timed():
+    """Swap maps of 64 KiB, and train two layers on a few pixels: real ones take a minute."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing_swapping, "_SWAPPED", ((8, 2),))
         patch.setattr(timing_swapping, "_N_TIMES", 1)
+        patch.setattr(timing_networks, "_networks", lambda: [a_network])
+        patch.setattr(timing_networks, "LAUNCHED_PX", 8)
+        patch.setattr(calibration, "LAUNCHED_PX", 8)
+        patch.setitem(COMPOSED_PX, "cpu", (128, 256))
         yield
 
 
@@ -141,7 +151,7 @@ def test_a_step_that_was_timed_can_be_predicted(profile):
 def test_a_slow_machine_times_some_convolutions_and_interpolates(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "_CONVOLUTIONS_S", {True: 0.0, False: 0.0})
     monkeypatch.setattr(calibration, "PASS_BYTES", (2**20,))
-    monkeypatch.setattr(calibration, "COMPOSED", {"cpu": ()})
+    monkeypatch.setitem(COMPOSED_PX, "cpu", ())
     told = []
     slow = calibrated(
         CPU,
@@ -255,23 +265,57 @@ def test_freed_buffers_are_used_again_while_it_measures_and_not_after(tmp_path, 
 def test_what_operations_cost_in_a_network_is_measured_on_small_maps_and_large(profile):
     sizes = [s.n_bytes for s in profile.composition_samples if s.dtype == "fp32"]
     assert sizes == sorted(sizes)
-    assert len(sizes) == len(COMPOSED["cpu"])
+    assert len(sizes) == len(COMPOSED_PX["cpu"])
 
 
-def test_the_blocks_that_were_timed_are_predicted_to_take_as_long_as_they_did(profile, monkeypatch):
-    step_s = 7.0
-    monkeypatch.setattr(timing, "_seconds", lambda run, device: step_s)
-    sample = timing.time_composition("fp32", 16, 2, profile)
-    known = dataclasses.replace(profile, composition_samples=(sample,))
-    traced = []
-    trace_step_once = timing.trace_step
-    monkeypatch.setattr(
-        timing, "trace_step", lambda *a, **k: traced.append(trace_step_once(*a, **k)) or traced[0]
-    )
-    timing.time_composition("fp32", 16, 2, profile)
-    operations = [each for each in traced[0].operations if timing._is_of_blocks(each)]
-    predicted_s = sum(operation_seconds(each, known) for each in operations)
-    assert predicted_s == pytest.approx(step_s, rel=1e-6)
+def test_the_networks_that_were_trained_are_timed_kernel_by_kernel_too(profile):
+    sides = {s.convolution.output[-1] for s in profile.convolution_samples if s.dtype == "fp32"}
+    assert sides == {64, 8, 128, 256}  # of the step that was asked for, and of the network's
+
+
+def seconds_of_training(profile, side_px):
+    image = torch.empty(1, 3, side_px, side_px, memory_format=torch.channels_last)
+    model = a_network().to(memory_format=torch.channels_last)
+    operations = trace_step(model, image, precision="fp32").operations
+    return sum(operation_seconds(each, profile) for each in operations)
+
+
+@pytest.mark.parametrize("launching_s", [1e-4, 3e-3])
+def test_networks_that_were_trained_are_predicted_to_take_as_long_as_they_did(
+    profile, monkeypatch, launching_s
+):
+    kernels = dataclasses.replace(profile, composition_samples=(), launch_s=0.0)
+    steps_s = {8: seconds_of_training(kernels, 8) + launching_s, 256: 7.0}
+    found = {}
+    for side_px, step_s in steps_s.items():
+        monkeypatch.setattr(timing_networks, "_median_s", lambda step, step_s=step_s: step_s)
+        found[side_px] = timing_networks.time_networks("fp32", side_px, kernels)
+    launched = dataclasses.replace(kernels, launch_s=timing_networks.launch_s(found[8], "cpu"))
+    assert seconds_of_training(launched, 8) == pytest.approx(steps_s[8], rel=1e-6)
+    sample = timing_networks.composition("fp32", found[256], launched)
+    known = dataclasses.replace(launched, composition_samples=(sample,))
+    # An update is launched too, and finds nothing in the cache either way.
+    assert seconds_of_training(known, 256) == pytest.approx(steps_s[256], rel=1e-6)
+
+
+def test_a_gpu_that_waits_for_launches_says_nothing_about_kernels():
+    def steps(step_s):
+        return [TimedStep(100, 2**20, kernels_s=1e-3, update_s=0.0, step_s=step_s)]
+
+    gpu = load_profile("h200")
+    launched = dataclasses.replace(gpu, launch_s=timing_networks.launch_s(steps(2e-3), "cuda"))
+    assert launched.launch_s == pytest.approx(2e-3 / 100)  # kernels run while others are launched
+    assert timing_networks.composition("bf16", steps(3e-3), launched) is None
+    assert timing_networks.composition("bf16", steps(5e-3), launched).ratio == pytest.approx(5)
+
+
+def test_a_network_that_does_not_fit_is_left_out(profile, monkeypatch):
+    def refuse(step):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing_networks, "_median_s", refuse)
+    assert timing_networks.time_networks("fp32", 8, profile) == []
+    assert timing_networks.composition("fp32", [], profile) is None
 
 
 @pytest.mark.parametrize("fitting_channels", [3, 0])
@@ -290,7 +334,7 @@ def test_a_convolution_that_does_not_fit_is_left_out(tmp_path, monkeypatch, fitt
 
     monkeypatch.setattr(calibration, "time_convolution", refuse)
     monkeypatch.setattr(calibration, "PASS_BYTES", (2**20,))
-    monkeypatch.setattr(calibration, "COMPOSED", {"cpu": ()})
+    monkeypatch.setitem(COMPOSED_PX, "cpu", ())
     if fitting_channels:
         channels = {s.convolution.in_channels for s in measure().convolution_samples}
         assert channels == {fitting_channels}

@@ -1,14 +1,24 @@
 """What kernels take beside their operands and results, against what they really take."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from umtrain.memory.allocator import FreedBuffers, set_freed_buffers
 from umtrain.memory.linux import process_status, reset_peak_rss
-from umtrain.planning.scratch import scratch_bytes
+from umtrain.planning.profile import ConvolutionSample, load_profile
+from umtrain.planning.residence import residence_of
+from umtrain.planning.scratch import scratch_at, scratch_bytes
 from umtrain.planning.step import Convolution, Operation
+from umtrain.planning.timing import time_convolution
+from umtrain.planning.tracing import trace_step
+from umtrain.planning.usage import kept
+
+CPU, GPU = load_profile("generic_cpu"), load_profile("h200")
 
 SIDE, CHANNELS = 512, 32
 MIB = 2**20
@@ -68,33 +78,107 @@ def test_a_kernel_touches_no_more_beside_its_result_than_is_said(fresh_buffers, 
     results = [each for each in run() if each is not None]
     taken = process_status()["VmHWM"] - before - sum(each.nbytes for each in results)
     half_a_map = 16 * MIB
-    assert taken <= max(scratch_bytes(operation, "cpu")) + half_a_map
+    assert taken <= max(scratch_bytes(operation, CPU)) + half_a_map
 
 
 def test_a_convolution_of_few_channels_is_padded_in_bf16():
     convolution = a_convolution(in_channels=3, kernel=(7, 7), stride=(2, 2))
     image_bytes = 2 * 3 * SIDE * SIDE
     bf16, fp32 = (an_operation("convolution", dtype, convolution) for dtype in ("bf16", "fp32"))
-    assert max(scratch_bytes(bf16, "cpu")) == 4 * image_bytes
-    assert max(scratch_bytes(bf16, "cuda")) == 8 * image_bytes // 3
-    assert max(scratch_bytes(fp32, "cuda")) < image_bytes
+    assert max(scratch_bytes(bf16, CPU)) == 4 * image_bytes
+    assert max(scratch_bytes(bf16, GPU)) == 8 * image_bytes // 3
+    assert max(scratch_bytes(fp32, GPU)) < image_bytes
 
 
 def test_a_strided_convolutions_source_gradient_takes_its_outputs_twice():
     convolution = a_convolution(stride=(2, 2))
     output_bytes = 4 * CHANNELS * math.prod(convolution.output)
     backward = an_operation("convolution_backward", convolution=convolution)
-    assert max(scratch_bytes(backward, "cpu")) == 2 * output_bytes
+    assert max(scratch_bytes(backward, CPU)) == 2 * output_bytes
     first = an_operation("convolution_backward", convolution=convolution, n_gradients=1)
-    assert max(scratch_bytes(first, "cpu")) < output_bytes
+    assert max(scratch_bytes(first, CPU)) < output_bytes
 
 
 def test_upsampling_copies_the_gradient_that_it_is_given_a_part_of():
     backward = an_operation("upsample_nearest2d_backward")
-    assert scratch_bytes(backward, "cuda") == [backward.read_bytes]
-    assert scratch_bytes(backward, "cpu") == [backward.read_bytes + backward.written_bytes]
+    assert scratch_bytes(backward, GPU) == [backward.read_bytes]
+    assert scratch_bytes(backward, CPU) == [backward.read_bytes + backward.written_bytes]
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_what_goes_pixel_by_pixel_takes_nothing(kind):
-    assert scratch_bytes(an_operation("add"), kind) == []
+@pytest.mark.parametrize("profile", [CPU, GPU])
+def test_what_goes_pixel_by_pixel_takes_nothing(profile):
+    assert scratch_bytes(an_operation("add"), profile) == []
+
+
+def calibrated(*measured):
+    """A processor on which convolutions took so many bytes forward, and backward nothing."""
+    samples = [
+        ConvolutionSample("fp32", phase, shape, shape.flops, 1.0, n_bytes * (phase == "forward"))
+        for shape, n_bytes in measured
+        for phase in ("forward", "backward")
+    ]
+    return dataclasses.replace(CPU, convolution_samples=tuple(samples))
+
+
+def test_a_convolution_takes_here_what_it_took_when_this_machine_was_calibrated():
+    profile = calibrated((a_convolution(), 7 * MIB), (a_convolution(stride=(2, 2)), MIB))
+    forward = an_operation("convolution", convolution=a_convolution())
+    assert scratch_bytes(forward, profile) == [7 * MIB]
+    assert (
+        scratch_bytes(an_operation("convolution_backward", convolution=a_convolution()), profile)
+        == []
+    )
+    other_dtype = dataclasses.replace(forward, dtype="bf16")
+    assert scratch_bytes(other_dtype, profile) == scratch_bytes(other_dtype, CPU)
+
+
+def test_a_layer_that_was_not_measured_takes_its_share_of_the_one_most_like_it():
+    measured = a_convolution(in_channels=32)
+    wider = dataclasses.replace(measured, in_channels=64, out_channels=64)
+    profile = calibrated((measured, 8 * MIB), (a_convolution(kernel=(1, 1)), 100 * MIB))
+    (taken,) = scratch_bytes(an_operation("convolution", convolution=wider), profile)
+    assert taken == pytest.approx(2 * 8 * MIB, rel=0.01)  # twice the channels on either side
+
+
+points = st.lists(
+    st.tuples(st.integers(1, 2**24), st.integers(0, 2**32)),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda point: point[0],
+).map(sorted)
+
+
+@given(points, st.integers(1, 2**26))
+def test_between_two_sizes_scratch_lies_between_and_beyond_the_last_it_does_not_shrink(found, n):
+    taken = scratch_at(found, n)
+    assert all(scratch_at(found, pixels) == n_bytes for pixels, n_bytes in found)
+    below = [n_bytes for pixels, n_bytes in found if pixels <= n][-1:]
+    above = [n_bytes for pixels, n_bytes in found if pixels >= n][:1]
+    if below and above:
+        assert min(below + above) <= taken <= max(below + above)
+    elif above:
+        assert taken == above[0]
+    else:
+        assert taken >= below[0]
+
+
+def test_what_a_convolution_takes_is_measured_with_its_time():
+    # A gradient of weights is found by several threads, each with a copy of its own.
+    shape = a_convolution()
+    samples = {s.phase: s for s in time_convolution("fp32", shape, True, torch.device("cpu"))}
+    if samples["forward"].scratch_bytes is None:
+        pytest.skip("the kernel does not let the peak of the resident set be reset")
+    map_bytes = 32 * MIB
+    assert 0 <= samples["forward"].scratch_bytes < map_bytes / 2
+    assert samples["backward"].scratch_bytes < map_bytes / 2
+
+
+def test_the_peak_of_a_step_holds_what_its_kernels_were_measured_to_take():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.ReLU())
+    trace = trace_step(model, torch.empty(1, 3, 64, 64, device="meta"), precision="fp32")
+    (shape,) = {o.convolution for o in trace.operations if o.convolution}
+    peaks = [
+        residence_of(kept(trace), calibrated((shape, n_bytes)), is_budgeted=False).peak_bytes
+        for n_bytes in (100 * MIB, 300 * MIB)
+    ]
+    assert peaks[1] - peaks[0] == 200 * MIB

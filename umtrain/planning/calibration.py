@@ -1,10 +1,11 @@
 """This machine's profile, measured once in a minute or two and kept.
 
-The real kernels are timed, through torch: the convolutions of given steps, forward and backward;
-passes over feature maps in the cache and out of it; the first touch of fresh memory; the spill
-disk, or the link to pinned memory; and by how much all that is slower in a network than alone. A
-slow machine times a part of the convolutions, drawn at random, and interpolates between those. How
-each is timed is in `umtrain.planning.timing` and `timing_swapping`. What was measured is kept in a
+The real kernels are timed, through torch: the convolutions of given steps, forward and backward,
+with the memory that they take for themselves; passes over feature maps in the cache and out of it;
+the first touch of fresh memory; the spill disk, or the link to pinned memory; what launching costs
+in a network, and by how much all that is slower there than alone. A slow machine times a part of
+the convolutions, drawn at random, and interpolates between those. How each is timed is in
+`umtrain.planning.timing`, `timing_networks` and `timing_swapping`. What was measured is kept in a
 file under a name made of the processor, torch's version, its threads and the kernel, so that
 another machine or version measures its own.
 """
@@ -14,7 +15,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
@@ -33,7 +34,6 @@ from umtrain.memory.allocator import (
     set_freed_buffers,
 )
 from umtrain.planning.profile import (
-    CompositionSample,
     ConvolutionSample,
     Migration,
     PassSample,
@@ -45,21 +45,27 @@ from umtrain.planning.profile import (
 )
 from umtrain.planning.step import Convolution, StepTrace
 from umtrain.planning.timing import (
-    COMPOSED,
     PASS_BYTES,
     TORCH_DTYPES,
     distinct_convolutions,
-    launch_s,
     matrix_rate,
     measure_memory,
-    time_composition,
     time_convolution,
     time_passes,
+)
+from umtrain.planning.timing_networks import (
+    COMPOSED_PX,
+    LAUNCHED_PX,
+    TimedStep,
+    composition,
+    launch_s,
+    time_networks,
+    traces,
 )
 from umtrain.planning.timing_swapping import link_of_gpu, spill_disk
 
 _GENERIC_CPU = "generic_cpu"
-_VERSION = 7  # raised where another figure is measured, or one in another way
+_VERSION = 8  # raised where another figure is measured, or one in another way
 # Seconds after which no further convolution of a precision is timed: one that the processor has
 # instructions for, and one that it imitates, tens of times slower.
 _CONVOLUTIONS_S = {True: 60.0, False: 10.0}
@@ -104,9 +110,9 @@ def calibrated(
         return _read(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        traces = steps()
+        timed = steps()
         with _as_in_training(device):
-            profile = calibrate(device, title, traces, spill_dir=spill_dir, progress=progress)
+            profile = calibrate(device, title, timed, spill_dir=spill_dir, progress=progress)
         write_json(path, profile_to_dict(profile))
     except OSError as error:
         raise ConfigError(f"{error.filename or folder}: {error.strerror}") from error
@@ -166,69 +172,101 @@ def _as_in_training(device: torch.device) -> Iterator[None]:
             torch.cuda.empty_cache()  # what is free is what plans are judged by
 
 
+class _Told:
+    """Tells `progress` how much of `n_all` is done."""
+
+    def __init__(self, progress: Progress, n_all: int) -> None:
+        self._progress, self._n_all, self._n_done = progress, n_all, 0
+
+    def begin(self, note: str) -> None:
+        """Say that the next measurement begins, which `note` names."""
+        self._progress(self._n_done, self._n_all, note)
+        self._n_done += 1
+
+    def skip(self, n: int) -> None:
+        """Count `n` measurements as done that are not made."""
+        self._n_done += n
+
+    def end(self) -> None:
+        """Say that all is done."""
+        self._progress(self._n_all, self._n_all, "")
+
+
+def _shapes(
+    steps: list[StepTrace], device: torch.device, *, is_native: dict[str, bool]
+) -> dict[str, list[tuple[Convolution, bool]]]:
+    """Return by dtype the convolutions to time: first those of the networks that are trained."""
+    asked = distinct_convolutions(steps)
+    Random(0).shuffle(asked)
+    found = {}
+    for dtype, native in is_native.items():
+        trained = distinct_convolutions(traces(dtype, device)) if native else []
+        found[dtype] = list({**dict(trained), **dict(asked)}.items())
+    return found
+
+
 def _time_convolutions(
-    shapes: list[tuple[Convolution, bool]],
+    shapes: dict[str, list[tuple[Convolution, bool]]],
     device: torch.device,
     limits_s: dict[str, float],
-    tell: Callable[[int, str], None],
+    told: _Told,
 ) -> list[ConvolutionSample]:
-    """Time `shapes` in each dtype, as many as come in its seconds; what does not fit is left out.
+    """Time each dtype's shapes, as many as come in its seconds; what does not fit is left out.
 
     Raises OutOfMemoryError if none fits.
     """
     found: list[ConvolutionSample] = []
-    for number, (dtype, limit_s) in enumerate(limits_s.items()):
-        end_s = time.monotonic() + limit_s
-        for at, (shape, has_source_gradient) in enumerate(shapes):
-            tell(number * len(shapes) + at, f"convolution {dtype}")
+    for dtype, mine in shapes.items():
+        end_s = time.monotonic() + limits_s[dtype]
+        for at, (shape, has_source_gradient) in enumerate(mine, 1):
+            told.begin(f"convolution {dtype}")
             with suppress(torch.OutOfMemoryError):
                 found += time_convolution(dtype, shape, has_source_gradient, device)
             if time.monotonic() > end_s:
+                told.skip(len(mine) - at)
                 break
-    if shapes and not found:
-        raise OutOfMemoryError(
-            f"{device_name(device)} has no memory free to measure a convolution in; end what else "
-            "uses it, or name a profile: device=..."
-        )
+    if any(shapes.values()) and not found:
+        raise _no_memory(device, "a convolution")
     return found
+
+
+def _no_memory(device: torch.device, what: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"{device_name(device)} has no memory free to measure {what} in; end what else uses it, "
+        "or name a profile: device=..."
+    )
 
 
 def calibrate(
     device: torch.device,
     device_title: str,
-    steps: Iterable[StepTrace],
+    steps: list[StepTrace],
     *,
     spill_dir: Path | None,
     progress: Progress,
 ) -> Profile:
     """Measure this machine. See `calibrated`."""
-    shapes = distinct_convolutions(steps)
-    Random(0).shuffle(shapes)
-    passes = [(d, n) for d in TORCH_DTYPES for n in PASS_BYTES]
     is_gpu = device.type == "cuda"
     native_bf16 = is_gpu or cpu_has_bf16()
-    dtypes = [dtype for dtype in TORCH_DTYPES if native_bf16 or dtype != "bf16"]
-    composed = [(dtype, *blocks) for dtype in dtypes for blocks in COMPOSED[device.type]]
-    n_all = len(TORCH_DTYPES) * len(shapes) + len(passes) + 2 + len(composed)
     # What is imitated comes last: its kernels would mislead the estimate of what is left to do.
-    limits_s = dict.fromkeys(dtypes, _CONVOLUTIONS_S[True])
-    limits_s |= {d: _CONVOLUTIONS_S[False] for d in TORCH_DTYPES if d not in dtypes}
-    convolutions = _time_convolutions(
-        shapes, device, limits_s, lambda done, note: progress(done, n_all, note)
-    )
-    n_done = len(TORCH_DTYPES) * len(shapes)
+    is_native = {"fp32": True, "bf16": native_bf16}
+    shapes = _shapes(steps, device, is_native=is_native)
+    passes = [(dtype, n_bytes) for dtype in TORCH_DTYPES for n_bytes in PASS_BYTES]
+    native = [dtype for dtype, known in is_native.items() if known]
+    n_trained = len(native) * (1 + len(COMPOSED_PX[device.type]))
+    told = _Told(progress, sum(map(len, shapes.values())) + len(passes) + 2 + n_trained)
+    limits_s = {dtype: _CONVOLUTIONS_S[known] for dtype, known in is_native.items()}
+    convolutions = _time_convolutions(shapes, device, limits_s, told)
     pass_samples: list[PassSample] = []
-    for done, (dtype, n_bytes) in enumerate(passes, n_done):
-        progress(done, n_all, f"passes {dtype}")
+    for dtype, n_bytes in passes:
+        told.begin(f"passes {dtype}")
         pass_samples += time_passes(dtype, n_bytes, device)
-    n_done += len(passes)
-    progress(n_done, n_all, "memory")
+    told.begin("memory")
     memory = measure_memory(device)
-    progress(n_done + 1, n_all, "link to host memory" if is_gpu else "spill disk and swapping")
+    told.begin("link to host memory" if is_gpu else "spill disk and swapping")
     link = link_of_gpu(device) if is_gpu else spill_disk(spill_dir)
-    n_done += 2
     kind: Literal["cpu", "cuda"] = "cuda" if is_gpu else "cpu"
-    profile = Profile(
+    kernels = Profile(
         name="this machine",
         title=device_title,
         kind=kind,
@@ -243,7 +281,7 @@ def calibrate(
             "bf16": matrix_rate("bf16", device, is_native=native_bf16),
             "fp32": matrix_rate("fp32", device, is_native=True),
         },
-        launch_s=launch_s(device),
+        launch_s=0.0,
         migration=migration_of(kind, device_title, memory.device_bytes),
         native_bf16=native_bf16,
         has_page_pool=has_page_pool(),
@@ -251,11 +289,25 @@ def calibrate(
         convolution_samples=tuple(convolutions),
         pass_samples=tuple(pass_samples),
     )
-    samples: list[CompositionSample | None] = []
-    for done, (dtype, side_px, n_blocks) in enumerate(composed, n_done):
-        progress(done, n_all, f"blocks {dtype}")
-        samples.append(time_composition(dtype, side_px, n_blocks, profile))
-    progress(n_all, n_all, "")
+    profile = _with_networks(kernels, native, told)
+    told.end()
+    return profile
+
+
+def _with_networks(kernels: Profile, dtypes: list[str], told: _Told) -> Profile:
+    """Return the profile with what launching costs, and with what kernels take in a network."""
+    small: list[TimedStep] = []
+    for dtype in dtypes:
+        told.begin(f"a small network {dtype}")
+        small += time_networks(dtype, LAUNCHED_PX, kernels)
+    if not small:
+        raise _no_memory(torch.device(kernels.kind), "a network")
+    profile = dataclasses.replace(kernels, launch_s=launch_s(small, kernels.kind))
+    samples = []
+    for dtype in dtypes:
+        for side_px in COMPOSED_PX[kernels.kind]:
+            told.begin(f"a network {dtype}")
+            samples.append(composition(dtype, time_networks(dtype, side_px, kernels), profile))
     return dataclasses.replace(profile, composition_samples=tuple(filter(None, samples)))
 
 

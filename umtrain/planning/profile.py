@@ -5,7 +5,10 @@ machine's own comes from `umtrain.planning.calibration`.
 """
 
 import dataclasses
+import math
+from bisect import insort
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,13 +51,17 @@ class Migration:
 
 @dataclass(frozen=True)
 class ConvolutionSample:
-    """A convolution that was timed: `flops` in `seconds`, forward or backward, in `dtype`."""
+    """A convolution that was timed: `flops` in `seconds`, forward or backward, in `dtype`.
+
+    `scratch_bytes` is what it took beside its operands and results, None if that is not known.
+    """
 
     dtype: str
     phase: Phase
     convolution: Convolution
     flops: float
     seconds: float
+    scratch_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,17 @@ class Profile:
     def leaves_holes(self) -> bool:
         """Return whether freed buffers leave holes in the heap, unless a budget gives them back."""
         return self.kind == "cpu" and not self.has_page_pool
+
+    @cached_property
+    def scratch_by_layer(self) -> dict[tuple[str, Phase], dict[Convolution, list[tuple[int, int]]]]:
+        """Return, by dtype and phase, what layers took for maps of so many pixels, sorted."""
+        found: dict[tuple[str, Phase], dict[Convolution, list[tuple[int, int]]]] = {}
+        for sample in self.convolution_samples:
+            if sample.scratch_bytes is not None:
+                layers = found.setdefault((sample.dtype, sample.phase), {})
+                point = math.prod(sample.convolution.output), sample.scratch_bytes
+                insort(layers.setdefault(sample.convolution.layer, []), point)
+        return found
 
     @property
     def dtypes(self) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def live_bytes(usage: Usage, profile: Profile) -> list[int]:
     levels: list[int] = []
     sizes: dict[int, int] = {}
     total = 0
-    for operation in events(usage, profile.kind):
+    for operation in events(usage, profile):
         peak = total
         for event in operation:
             if event.n_bytes:

@@ -1,14 +1,19 @@
 """Memory that kernels take for themselves while they run: what they lay out anew.
 
-Read off all allocations of single kernels and of steps of ResNet-50 and ResUNet35, on maps in
-channels_last: without a GPU with torch 2.15 (oneDNN 3, AVX512 with AMX), on an H200 with torch
-2.11. Buffers are in units of an operation's own operands and results, as the tables below say. The
-rest are copies of weights: in backward, without a GPU, one for each thread (there were two) and
-one for their sum.
+Of a calibrated machine without a GPU what its own convolutions took: there it depends on the number
+of threads, each of which may have a copy of a map's part. Else read off all allocations of single
+kernels and of steps of ResNet-50 and ResUNet35, on maps in channels_last: without a GPU with torch
+2.15 (oneDNN 3, AVX512 with AMX) and two threads, on an H200 with torch 2.11. Buffers are in units
+of an operation's own operands and results, as the tables below say. The rest are copies of weights:
+in backward, without a GPU, one for each thread and one for their sum.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
+from umtrain.planning.alike import unlikeness
+from umtrain.planning.profile import Profile
 from umtrain.planning.step import Convolution, Operation
 
 _ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -20,18 +25,58 @@ _PADDED_CHANNELS = 8
 _PADDED_TIMES, _PADDED_UP_TO = 4, 4
 
 
-def scratch_bytes(operation: Operation, device_kind: str) -> list[int]:
+def scratch_bytes(operation: Operation, profile: Profile) -> list[int]:
     """Return the buffers that a kernel takes and frees, one after another."""
     if operation.convolution is not None:
-        of_device = _on_gpu if device_kind == "cuda" else _on_cpu
+        measured = _measured(operation, operation.convolution, profile)
+        if measured is not None:
+            return [measured] if measured else []
+        of_device = _on_gpu if profile.kind == "cuda" else _on_cpu
         return of_device(operation, operation.convolution)
     if operation.name.startswith("upsample") and operation.name.endswith("backward"):
         # The gradient comes as a part of a concatenation's, and is copied.
-        on_cpu_bytes = operation.written_bytes if device_kind == "cpu" else 0
+        on_cpu_bytes = operation.written_bytes if profile.kind == "cpu" else 0
         return [operation.read_bytes + on_cpu_bytes]
-    if operation.name == "native_batch_norm_backward" and device_kind == "cpu":
+    if operation.name == "native_batch_norm_backward" and profile.kind == "cpu":
         return [operation.written_bytes]
     return []
+
+
+def _measured(operation: Operation, convolution: Convolution, profile: Profile) -> int | None:
+    """Return what the layer took here, or the layer most like it; None where none was measured."""
+    layers = profile.scratch_by_layer.get((operation.dtype, operation.phase))
+    if not layers:
+        return None
+    n_pixels = math.prod(convolution.output)
+    if convolution.layer in layers:
+        return int(scratch_at(layers[convolution.layer], n_pixels))
+    nearest = min(layers, key=lambda layer: unlikeness(convolution.layer, layer))
+    share = _numbers(convolution.layer, n_pixels) / _numbers(nearest, n_pixels)
+    return int(share * scratch_at(layers[nearest], n_pixels))
+
+
+def scratch_at(points: Sequence[tuple[int, int]], n_pixels: int) -> float:
+    """Return the bytes for maps of `n_pixels` between, or beyond, `points` of pixels and bytes.
+
+    Never less than the smallest map's, and beyond the largest never less than that one's.
+    """
+    (first, first_bytes), (last, last_bytes) = points[0], points[-1]
+    if n_pixels <= first:
+        return first_bytes
+    for (a, a_bytes), (b, b_bytes) in pairwise(points):
+        if n_pixels <= b:
+            return a_bytes + (b_bytes - a_bytes) * (n_pixels - a) / (b - a)
+    if len(points) == 1:
+        return last_bytes * n_pixels / last
+    before, before_bytes = points[-2]
+    slope = max(0.0, (last_bytes - before_bytes) / (last - before))
+    return last_bytes + slope * (n_pixels - last)
+
+
+def _numbers(layer: Convolution, n_pixels: int) -> int:
+    """Return how many numbers a layer reads and writes for an output of `n_pixels`."""
+    n_sources = n_pixels * math.prod(layer.stride) * layer.in_channels
+    return n_sources + n_pixels * layer.out_channels + layer.n_weights
 
 
 def _on_gpu(operation: Operation, convolution: Convolution) -> list[int]:
@@ -64,8 +109,7 @@ def _item_bytes(operation: Operation) -> int:
 
 
 def _weight_bytes(operation: Operation, convolution: Convolution) -> int:
-    n_weights = math.prod(convolution.kernel) * convolution.in_channels * convolution.out_channels
-    return n_weights // convolution.groups * _item_bytes(operation)
+    return convolution.n_weights * _item_bytes(operation)
 
 
 def _image_bytes(operation: Operation, convolution: Convolution) -> int:

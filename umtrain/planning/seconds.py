@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from umtrain.planning.alike import unlikeness
 from umtrain.planning.profile import ConvolutionSample, PassSample, Profile
 from umtrain.planning.step import Convolution, Operation
 
@@ -38,8 +39,6 @@ _PASS_OF = {
 }
 _FEW_CHANNELS = 4
 _N_NEAREST = 4
-# How unlike two convolutions are: in powers of two of each, a kernel's size most of all.
-_WEIGHTS = {"kernel": 2.0, "in": 1.0, "out": 1.0, "stride": 1.0, "groups": 2.0, "pixels": 0.5}
 _NEAR = 0.05  # of a power of two: closer than this there is nothing to tell apart
 
 
@@ -125,28 +124,11 @@ def _matrix_flops_per_s(dtype: str, profile: Profile) -> float:
 
 def _sampled_flops_per_s(convolution: Convolution, samples: Sequence[ConvolutionSample]) -> float:
     """Return the speed between the samples that are most alike, by the inverse of distance."""
-    near = sorted((_distance(convolution, s.convolution), i) for i, s in enumerate(samples))
+    near = sorted((unlikeness(convolution, s.convolution), i) for i, s in enumerate(samples))
     nearest = [(max(distance, _NEAR), samples[i]) for distance, i in near[:_N_NEAREST]]
     weights = [1 / distance**2 for distance, _ in nearest]
     logs = [math.log(sample.flops / sample.seconds) for _, sample in nearest]
     return math.exp(sum(w * x for w, x in zip(weights, logs, strict=True)) / sum(weights))
-
-
-def _distance(one: Convolution, other: Convolution) -> float:
-    a, b = _features(one), _features(other)
-    return math.sqrt(sum((_WEIGHTS[key] * (a[key] - b[key])) ** 2 for key in a))
-
-
-def _features(convolution: Convolution) -> dict[str, float]:
-    """Return logarithms of what a convolution's speed depends on."""
-    return {
-        "kernel": math.log2(math.prod(convolution.kernel)),
-        "in": math.log2(convolution.in_channels),
-        "out": math.log2(convolution.out_channels),
-        "stride": math.log2(math.prod(convolution.stride)),
-        "groups": math.log2(convolution.groups),
-        "pixels": math.log2(math.prod(convolution.output)),
-    }
 
 
 def _pass_s(kind: str, dtype: str, n_bytes: int, profile: Profile) -> float:

@@ -1,7 +1,7 @@
 """What one training step does, operation by operation: all that the planner knows of a network."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -25,6 +25,17 @@ class Convolution:
         """Return the multiplications and additions of a forward run."""
         per_output = 2 * self.in_channels // self.groups * math.prod(self.kernel)
         return float(per_output * self.out_channels * math.prod(self.output))
+
+    @property
+    def n_weights(self) -> int:
+        """Return how many weights there are, without a bias."""
+        n_sources = self.in_channels // self.groups
+        return math.prod(self.kernel) * n_sources * self.out_channels
+
+    @property
+    def layer(self) -> "Convolution":
+        """Return the convolution for maps of any size."""
+        return replace(self, output=())
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from umtrain.memory.allocator import give_back_free_memory, giving_back
-from umtrain.planning.profile import CompositionSample, ConvolutionSample, PassSample, Profile
-from umtrain.planning.seconds import kernel_seconds
-from umtrain.planning.step import Convolution, Operation, StepTrace
-from umtrain.planning.tracing import trace_step
+from umtrain.memory.linux import process_status, reset_peak_rss
+from umtrain.planning.profile import ConvolutionSample, PassSample
+from umtrain.planning.step import Convolution, Phase, StepTrace
 
 _aten = torch.ops.aten
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,12 +33,7 @@ _N_IN_A_ROW = 8
 _BUSY_SIDE, _BUSY_S = 2048, 5e-3
 _CHANNELS = 128  # of maps that are passed over: ResNet-50 has 64 to 2048
 _UPDATED_SHAPE = 256, 256, 3, 3
-_N_BLOCKS, _SMALL_PX, _LAUNCHED_CHANNELS = 20, 4, 64
-# Bottlenecks of ResNet-50, pixels a side and how many: whose maps fit in a processor's cache, and
-# whose maps do not; on a GPU maps that take longer to compute than to launch.
-COMPOSED = {"cpu": ((64, 6), (256, 3)), "cuda": ((1024, 2),)}
 BOTTLENECK_CHANNELS = 256
-_OF_THE_LOSS = {"sum", "ones_like"}
 
 
 def distinct_convolutions(steps: Iterable[StepTrace]) -> list[tuple[Convolution, bool]]:
@@ -72,20 +66,36 @@ def time_convolution(
     ones = [1] * len(sides)
     geometry = (list(shape.stride), padding, ones, False, [0] * len(sides), shape.groups)
 
-    def forward() -> Tensor:
-        result: Tensor = _aten.convolution(x, weight, None, *geometry)
-        return result
+    def forward() -> list[Tensor | None]:
+        return [_aten.convolution(x, weight, None, *geometry)]
 
-    dy = torch.randn_like(forward())
+    dy = torch.randn_like(_aten.convolution(x, weight, None, *geometry))
 
-    def backward() -> None:
+    def backward() -> list[Tensor | None]:
         wanted = [has_source_gradient, True, False]
-        _aten.convolution_backward(dy, x, weight, None, *geometry, wanted)
+        found = _aten.convolution_backward(dy, x, weight, None, *geometry, wanted)
+        return list(found)
 
-    flops = shape.flops
-    yield ConvolutionSample(dtype, "forward", shape, flops, least_s(forward, device))
     twice = 2.0 if has_source_gradient else 1.0
-    yield ConvolutionSample(dtype, "backward", shape, twice * flops, least_s(backward, device))
+    runs: tuple[tuple[Phase, float, Callable[[], list[Tensor | None]]], ...] = (
+        ("forward", shape.flops, forward),
+        ("backward", twice * shape.flops, backward),
+    )
+    for phase, flops, run in runs:
+        seconds = least_s(run, device)
+        yield ConvolutionSample(dtype, phase, shape, flops, seconds, _scratch_bytes(run, device))
+
+
+def _scratch_bytes(run: Callable[[], list[Tensor | None]], device: torch.device) -> int | None:
+    """Return what `run` takes beside its results at most, after a first run; None on a GPU."""
+    if device.type == "cuda":
+        return None
+    give_back_free_memory()
+    before_bytes = process_status().get("VmRSS")
+    if before_bytes is None or not reset_peak_rss():
+        return None
+    results_bytes = sum(each.nbytes for each in run() if each is not None)
+    return max(0, process_status()["VmHWM"] - before_bytes - results_bytes)
 
 
 def time_passes(dtype: str, n_bytes: int, device: torch.device) -> Iterator[PassSample]:
@@ -174,13 +184,13 @@ def least_s(run: Callable[[], Any], device: torch.device) -> float:
 def _median_s(run: Callable[[], Any]) -> float:
     """Return the median seconds of a few runs, after one that is left out."""
     run()
-    return statistics.median(_wall_s(run) for _ in range(_MOST_TIMES))
+    return statistics.median(wall_s(run) for _ in range(_MOST_TIMES))
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds of a run; on a GPU of one of several in a row, launched ahead of it."""
     if device.type == "cpu":
-        return _wall_s(run)
+        return wall_s(run)
     _keep_busy(device)
     start, end = (
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -194,7 +204,8 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return float(start.elapsed_time(end)) / 1e3 / _N_IN_A_ROW
 
 
-def _wall_s(run: Callable[[], Any]) -> float:
+def wall_s(run: Callable[[], Any]) -> float:
+    """Return the seconds of a run, for whoever started it."""
     start_s = time.perf_counter()
     run()
     return time.perf_counter() - start_s
@@ -227,29 +238,6 @@ def matrix_rate(dtype: str, device: torch.device, *, is_native: bool) -> float:
     return float(2 * side**3 / least_s(lambda: a @ a, device))
 
 
-def launch_s(device: torch.device) -> float:
-    """Return what an operation costs beside its work, in a network whose maps are of no size.
-
-    Python, the dispatcher, autograd, and where there is no GPU the library's own set-up and the
-    start of its threads.
-    """
-    blocks = []
-    for _ in range(_N_BLOCKS):
-        convolution = nn.Conv2d(_LAUNCHED_CHANNELS, _LAUNCHED_CHANNELS, 3, padding=1, bias=False)
-        blocks += [convolution, nn.BatchNorm2d(_LAUNCHED_CHANNELS), nn.ReLU(inplace=True)]
-    model = nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
-    x = torch.ones(1, _LAUNCHED_CHANNELS, _SMALL_PX, _SMALL_PX, device=device)
-    x = x.to(memory_format=torch.channels_last)
-
-    def run() -> None:
-        torch.autograd.backward(model(x).sum())
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    n_operations = 2 * len(blocks)
-    return _median_s(run) / n_operations
-
-
 @dataclass(frozen=True)
 class Memory:
     """Sizes, the speed of a copy (bytes read and written), and what fresh memory costs on top."""
@@ -280,49 +268,7 @@ def measure_memory(device: torch.device) -> Memory:
 
 def _fresh_fill_s() -> float:
     """Return the seconds of filling fresh memory, and of giving it back."""
-    return _wall_s(lambda: torch.empty(PROBE_BYTES, dtype=torch.uint8).fill_(1))
-
-
-def time_composition(
-    dtype: str, side_px: int, n_blocks: int, profile: Profile
-) -> CompositionSample | None:
-    """Time a step of a few blocks as a whole, against its kernels one by one.
-
-    Alone and over and over a kernel finds its operands in the cache, and their addresses in the
-    processor's tables; in a network it finds what other kernels left. Returns None where launching
-    may take as long as computing, or the blocks do not fit.
-    """
-    device = torch.device(profile.kind)
-    model = bottlenecks(n_blocks).to(device)
-    x = torch.empty(1, BOTTLENECK_CHANNELS, side_px, side_px, device="meta")
-    x = x.to(TORCH_DTYPES[dtype], memory_format=torch.channels_last)
-    trace = trace_step(model, x, precision=dtype, loss=torch.sum)
-    operations = [each for each in trace.operations if _is_of_blocks(each)]
-    kernels_s = sum(kernel_seconds(each, profile) for each in operations)
-    launching_s = len(operations) * profile.launch_s
-    n_bytes = sum(each.read_bytes + each.written_bytes for each in operations)
-
-    def run() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            output = model(x)
-        # As from a block after these: a loss of a map would hand down its gradient in rows.
-        torch.autograd.backward(output, gradient)
-        model.zero_grad(set_to_none=True)
-
-    try:
-        x = torch.randn_like(x, device=device)
-        gradient = torch.randn_like(x)
-        run()
-        together_s = statistics.median(_seconds(run, device) for _ in range(_MOST_TIMES))
-    except torch.OutOfMemoryError:
-        return None
-    if device.type == "cpu":
-        together_s -= launching_s
-    elif together_s < 2 * launching_s:
-        return None
-    if together_s <= 0:
-        return None
-    return CompositionSample(dtype, n_bytes // len(operations), together_s / kernels_s)
+    return wall_s(lambda: torch.empty(PROBE_BYTES, dtype=torch.uint8).fill_(1))
 
 
 def bottlenecks(n_blocks: int) -> nn.Module:
@@ -332,8 +278,3 @@ def bottlenecks(n_blocks: int) -> nn.Module:
     width = BOTTLENECK_CHANNELS // Bottleneck.expansion
     blocks = [Bottleneck(BOTTLENECK_CHANNELS, width) for _ in range(n_blocks)]
     return nn.Sequential(*blocks).to(memory_format=torch.channels_last)
-
-
-def _is_of_blocks(operation: Operation) -> bool:
-    """Return whether it is timed with the blocks: no update, and no loss."""
-    return operation.phase != "optimizer" and operation.name not in _OF_THE_LOSS

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from umtrain.planning.profile import Profile
 from umtrain.planning.scratch import scratch_bytes
 from umtrain.planning.step import Allocation, StepTrace
 
@@ -77,7 +78,7 @@ def resident_bytes(trace: StepTrace, device_kind: str) -> int:
     return sum(a.n_bytes for a in trace.allocations if a.kind in resident) + batch_bytes
 
 
-def events(usage: Usage, device_kind: str) -> Iterator[list[Event]]:
+def events(usage: Usage, profile: Profile) -> Iterator[list[Event]]:
     """Yield, for each operation, its allocations and frees in order, scratch memory included."""
     n_operations = len(usage.trace.operations)
     starting: list[list[int]] = [[] for _ in range(n_operations)]
@@ -87,7 +88,7 @@ def events(usage: Usage, device_kind: str) -> Iterator[list[Event]]:
         ending[stay.last].append(index)
     for position, operation in enumerate(usage.trace.operations):
         found = [Event(index, usage.stays[index].n_bytes) for index in starting[position]]
-        for number, n_bytes in enumerate(scratch_bytes(operation, device_kind), 1):
+        for number, n_bytes in enumerate(scratch_bytes(operation, profile), 1):
             found += [Event(-number, n_bytes), Event(-number)]
         yield found + [Event(index) for index in ending[position]]
 
