@@ -262,10 +262,33 @@ def test_freed_buffers_are_used_again_while_it_measures_and_not_after(tmp_path, 
     assert allocator._current == before
 
 
-def test_what_operations_cost_in_a_network_is_measured_on_small_maps_and_large(profile):
-    sizes = [s.n_bytes for s in profile.composition_samples if s.dtype == "fp32"]
-    assert sizes == sorted(sizes)
-    assert len(sizes) == len(COMPOSED_PX["cpu"])
+def test_what_operations_cost_in_a_network_is_measured_on_small_maps_and_large(
+    profile, monkeypatch
+):
+    steps_s = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(timing_networks, "median_s", lambda step: next(steps_s))
+    told = calibration._Told(lambda *_: None, 3)
+    found = calibration._with_networks(profile, ["fp32"], told)
+    small, large = found.composition_samples
+    assert small.n_bytes < large.n_bytes
+
+
+def test_without_memory_for_a_network_the_fix_is_named(profile, monkeypatch):
+    def refuse(step):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(timing_networks, "median_s", refuse)
+    with pytest.raises(OutOfMemoryError, match=r"to measure a network in; .* device=\.\.\."):
+        calibration._with_networks(profile, ["fp32"], calibration._Told(lambda *_: None, 3))
+
+
+def test_an_error_that_is_not_about_memory_is_not_taken_for_one(profile, monkeypatch):
+    def refuse(step):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(timing_networks, "median_s", refuse)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        timing_networks.time_networks("fp32", 8, profile)
 
 
 def test_the_networks_that_were_trained_are_timed_kernel_by_kernel_too(profile):
@@ -273,47 +296,54 @@ def test_the_networks_that_were_trained_are_timed_kernel_by_kernel_too(profile):
     assert sides == {64, 8, 128, 256}  # of the step that was asked for, and of the network's
 
 
-def seconds_of_training(profile, side_px):
-    image = torch.empty(1, 3, side_px, side_px, memory_format=torch.channels_last)
+def seconds_of_training(profile, dtype, side_px):
+    image = torch.empty(1, 3, side_px, side_px, device="meta")
+    kind = timing.TORCH_DTYPES[dtype]
+    image = image.to(kind, memory_format=torch.channels_last)
     model = a_network().to(memory_format=torch.channels_last)
-    operations = trace_step(model, image, precision="fp32").operations
+    operations = trace_step(model, image, precision=dtype).operations
     return sum(operation_seconds(each, profile) for each in operations)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("launching_s", [1e-4, 3e-3])
 def test_networks_that_were_trained_are_predicted_to_take_as_long_as_they_did(
-    profile, monkeypatch, launching_s
+    profile, monkeypatch, launching_s, dtype
 ):
     kernels = dataclasses.replace(profile, composition_samples=(), launch_s=0.0)
-    steps_s = {8: seconds_of_training(kernels, 8) + launching_s, 256: 7.0}
+    steps_s = {8: seconds_of_training(kernels, dtype, 8) + launching_s, 256: 7.0}
     found = {}
     for side_px, step_s in steps_s.items():
-        monkeypatch.setattr(timing_networks, "_median_s", lambda step, step_s=step_s: step_s)
-        found[side_px] = timing_networks.time_networks("fp32", side_px, kernels)
+        monkeypatch.setattr(timing_networks, "median_s", lambda step, step_s=step_s: step_s)
+        found[side_px] = timing_networks.time_networks(dtype, side_px, kernels)
     launched = dataclasses.replace(kernels, launch_s=timing_networks.launch_s(found[8], "cpu"))
-    assert seconds_of_training(launched, 8) == pytest.approx(steps_s[8], rel=1e-6)
-    sample = timing_networks.composition("fp32", found[256], launched)
+    assert seconds_of_training(launched, dtype, 8) == pytest.approx(steps_s[8], rel=1e-6)
+    sample = timing_networks.composition(dtype, found[256], launched)
     known = dataclasses.replace(launched, composition_samples=(sample,))
-    # An update is launched too, and finds nothing in the cache either way.
-    assert seconds_of_training(known, 256) == pytest.approx(steps_s[256], rel=1e-6)
+    assert seconds_of_training(known, dtype, 256) == pytest.approx(steps_s[256], rel=1e-6)
+
+
+def a_step_of(step_s, kernels_s=1e-3):
+    return [TimedStep(100, 2**20, kernels_s=kernels_s, others_s=0.0, step_s=step_s)]
 
 
 def test_a_gpu_that_waits_for_launches_says_nothing_about_kernels():
-    def steps(step_s):
-        return [TimedStep(100, 2**20, kernels_s=1e-3, update_s=0.0, step_s=step_s)]
-
     gpu = load_profile("h200")
-    launched = dataclasses.replace(gpu, launch_s=timing_networks.launch_s(steps(2e-3), "cuda"))
-    assert launched.launch_s == pytest.approx(2e-3 / 100)  # kernels run while others are launched
-    assert timing_networks.composition("bf16", steps(3e-3), launched) is None
-    assert timing_networks.composition("bf16", steps(5e-3), launched).ratio == pytest.approx(5)
+    launched = dataclasses.replace(gpu, launch_s=timing_networks.launch_s(a_step_of(3e-3), "cuda"))
+    assert launched.launch_s == pytest.approx(3e-3 / 100)  # kernels run while others are launched
+    assert timing_networks.composition("bf16", a_step_of(5e-3), launched) is None
+    assert timing_networks.composition("bf16", a_step_of(7e-3), launched).ratio == pytest.approx(7)
+
+
+def test_a_gpu_that_computes_as_long_as_it_is_launched_says_nothing_about_launching():
+    assert timing_networks.launch_s(a_step_of(3e-3, kernels_s=2e-3), "cuda") is None
 
 
 def test_a_network_that_does_not_fit_is_left_out(profile, monkeypatch):
     def refuse(step):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(timing_networks, "_median_s", refuse)
+    monkeypatch.setattr(timing_networks, "median_s", refuse)
     assert timing_networks.time_networks("fp32", 8, profile) == []
     assert timing_networks.composition("fp32", [], profile) is None
 

@@ -1,6 +1,7 @@
 """How alike two convolutions are: what is known of one is taken for another."""
 
 import math
+from functools import lru_cache
 
 from umtrain.planning.step import Convolution
 
@@ -8,6 +9,7 @@ from umtrain.planning.step import Convolution
 _WEIGHTS = {"kernel": 2.0, "in": 1.0, "out": 1.0, "stride": 1.0, "groups": 2.0, "pixels": 0.5}
 
 
+@lru_cache(maxsize=2**16)
 def unlikeness(one: Convolution, other: Convolution) -> float:
     """Return how far apart two convolutions are; 0 for two of one shape."""
     a, b = _features(one), _features(other)

@@ -16,7 +16,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -48,6 +48,7 @@ from umtrain.planning.timing import (
     PASS_BYTES,
     TORCH_DTYPES,
     distinct_convolutions,
+    left_out_if_it_does_not_fit,
     matrix_rate,
     measure_memory,
     time_convolution,
@@ -201,7 +202,10 @@ def _shapes(
     found = {}
     for dtype, native in is_native.items():
         trained = distinct_convolutions(traces(dtype, device)) if native else []
-        found[dtype] = list({**dict(trained), **dict(asked)}.items())
+        Random(0).shuffle(trained)
+        in_order = dict.fromkeys(shape for shape, _ in [*trained, *asked])
+        with_gradient = {shape for shape, has in [*trained, *asked] if has}
+        found[dtype] = [(shape, shape in with_gradient) for shape in in_order]
     return found
 
 
@@ -220,7 +224,7 @@ def _time_convolutions(
         end_s = time.monotonic() + limits_s[dtype]
         for at, (shape, has_source_gradient) in enumerate(mine, 1):
             told.begin(f"convolution {dtype}")
-            with suppress(torch.OutOfMemoryError):
+            with left_out_if_it_does_not_fit():
                 found += time_convolution(dtype, shape, has_source_gradient, device)
             if time.monotonic() > end_s:
                 told.skip(len(mine) - at)
@@ -302,7 +306,10 @@ def _with_networks(kernels: Profile, dtypes: list[str], told: _Told) -> Profile:
         small += time_networks(dtype, LAUNCHED_PX, kernels)
     if not small:
         raise _no_memory(torch.device(kernels.kind), "a network")
-    profile = dataclasses.replace(kernels, launch_s=launch_s(small, kernels.kind))
+    launched_s = launch_s(small, kernels.kind)
+    if launched_s is None:
+        launched_s = nearest_gpu(kernels.title, kernels.device_bytes).launch_s
+    profile = dataclasses.replace(kernels, launch_s=launched_s)
     samples = []
     for dtype in dtypes:
         for side_px in COMPOSED_PX[kernels.kind]:

@@ -6,7 +6,6 @@ machine's own comes from `umtrain.planning.calibration`.
 
 import dataclasses
 import math
-from bisect import insort
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -135,14 +134,18 @@ class Profile:
 
     @cached_property
     def scratch_by_layer(self) -> dict[tuple[str, Phase], dict[Convolution, list[tuple[int, int]]]]:
-        """Return, by dtype and phase, what layers took for maps of so many pixels, sorted."""
-        found: dict[tuple[str, Phase], dict[Convolution, list[tuple[int, int]]]] = {}
+        """Return, by dtype and phase, what layers took for maps of so many pixels, in order."""
+        found: dict[tuple[str, Phase], dict[Convolution, dict[int, int]]] = {}
         for sample in self.convolution_samples:
             if sample.scratch_bytes is not None:
                 layers = found.setdefault((sample.dtype, sample.phase), {})
-                point = math.prod(sample.convolution.output), sample.scratch_bytes
-                insort(layers.setdefault(sample.convolution.layer, []), point)
-        return found
+                points = layers.setdefault(sample.convolution.layer, {})
+                n_pixels = math.prod(sample.convolution.output)
+                points[n_pixels] = max(points.get(n_pixels, 0), sample.scratch_bytes)
+        return {
+            key: {layer: sorted(points.items()) for layer, points in layers.items()}
+            for key, layers in found.items()
+        }
 
     @property
     def dtypes(self) -> tuple[str, ...]:

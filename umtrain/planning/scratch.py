@@ -1,11 +1,11 @@
 """Memory that kernels take for themselves while they run: what they lay out anew.
 
-Of a calibrated machine without a GPU what its own convolutions took: there it depends on the number
-of threads, each of which may have a copy of a map's part. Else read off all allocations of single
-kernels and of steps of ResNet-50 and ResUNet35, on maps in channels_last: without a GPU with torch
-2.15 (oneDNN 3, AVX512 with AMX) and two threads, on an H200 with torch 2.11. Buffers are in units
-of an operation's own operands and results, as the tables below say. The rest are copies of weights:
-in backward, without a GPU, one for each thread and one for their sum.
+Read off all allocations of single kernels and of steps of ResNet-50 and ResUNet35, on maps in
+channels_last: without a GPU with torch 2.15 (oneDNN 3, AVX512 with AMX) and two threads, on an H200
+with torch 2.11. Buffers are in units of an operation's own operands and results, as the tables
+below say. The rest are copies of weights: in backward, without a GPU, one for each thread and one
+for their sum. More threads take more, each a copy of a map's part: a calibrated machine knows what
+was resident while its own convolutions ran, and the larger of both counts.
 """
 
 import math
@@ -23,16 +23,15 @@ _COPIES_OF_GRADIENT = 2
 # In bf16 an image of few channels is padded: cuDNN to 8, oneDNN to four times what it is.
 _PADDED_CHANNELS = 8
 _PADDED_TIMES, _PADDED_UP_TO = 4, 4
+_MOST_UNLIKE = 2.0  # of layers, for what one took to say something about the other
 
 
 def scratch_bytes(operation: Operation, profile: Profile) -> list[int]:
     """Return the buffers that a kernel takes and frees, one after another."""
     if operation.convolution is not None:
-        measured = _measured(operation, operation.convolution, profile)
-        if measured is not None:
-            return [measured] if measured else []
         of_device = _on_gpu if profile.kind == "cuda" else _on_cpu
-        return of_device(operation, operation.convolution)
+        found = of_device(operation, operation.convolution)
+        return [*found, *_measured(operation, operation.convolution, profile)]
     if operation.name.startswith("upsample") and operation.name.endswith("backward"):
         # The gradient comes as a part of a concatenation's, and is copied.
         on_cpu_bytes = operation.written_bytes if profile.kind == "cpu" else 0
@@ -42,23 +41,24 @@ def scratch_bytes(operation: Operation, profile: Profile) -> list[int]:
     return []
 
 
-def _measured(operation: Operation, convolution: Convolution, profile: Profile) -> int | None:
-    """Return what the layer took here, or the layer most like it; None where none was measured."""
-    layers = profile.scratch_by_layer.get((operation.dtype, operation.phase))
-    if not layers:
-        return None
+def _measured(operation: Operation, convolution: Convolution, profile: Profile) -> list[int]:
+    """Return what the layer took here, or one that is like it; nothing where that is not known."""
+    layers = profile.scratch_by_layer.get((operation.dtype, operation.phase), {})
+    layer = convolution.layer
+    nearest = min(layers, key=lambda other: unlikeness(layer, other), default=None)
+    if nearest is None or unlikeness(layer, nearest) > _MOST_UNLIKE:
+        return []
     n_pixels = math.prod(convolution.output)
-    if convolution.layer in layers:
-        return int(scratch_at(layers[convolution.layer], n_pixels))
-    nearest = min(layers, key=lambda layer: unlikeness(convolution.layer, layer))
-    share = _numbers(convolution.layer, n_pixels) / _numbers(nearest, n_pixels)
-    return int(share * scratch_at(layers[nearest], n_pixels))
+    share = _numbers(layer, n_pixels) / _numbers(nearest, n_pixels)
+    n_bytes = int(share * _scratch_at(nearest, layers[nearest], n_pixels))
+    return [n_bytes] if n_bytes else []
 
 
-def scratch_at(points: Sequence[tuple[int, int]], n_pixels: int) -> float:
+def _scratch_at(layer: Convolution, points: Sequence[tuple[int, int]], n_pixels: int) -> float:
     """Return the bytes for maps of `n_pixels` between, or beyond, `points` of pixels and bytes.
 
-    Never less than the smallest map's, and beyond the largest never less than that one's.
+    Below the smallest map they are its own. Beyond the largest they grow as between the last two,
+    at most as the numbers that the layer reads and writes.
     """
     (first, first_bytes), (last, last_bytes) = points[0], points[-1]
     if n_pixels <= first:
@@ -66,11 +66,12 @@ def scratch_at(points: Sequence[tuple[int, int]], n_pixels: int) -> float:
     for (a, a_bytes), (b, b_bytes) in pairwise(points):
         if n_pixels <= b:
             return a_bytes + (b_bytes - a_bytes) * (n_pixels - a) / (b - a)
+    most_bytes = last_bytes * _numbers(layer, n_pixels) / _numbers(layer, last)
     if len(points) == 1:
-        return last_bytes * n_pixels / last
+        return most_bytes
     before, before_bytes = points[-2]
-    slope = max(0.0, (last_bytes - before_bytes) / (last - before))
-    return last_bytes + slope * (n_pixels - last)
+    grown_bytes = (last_bytes - before_bytes) * (n_pixels - last) / (last - before)
+    return min(last_bytes + max(0.0, grown_bytes), most_bytes)
 
 
 def _numbers(layer: Convolution, n_pixels: int) -> int:

@@ -1,6 +1,7 @@
 """memory=stream, planned by the engine's own plans: its arena is the step's peak, exactly."""
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,20 +11,27 @@ from umtrain.errors import OutOfMemoryError
 from umtrain.memory.stream import choose_strip_bytes, maps_bytes, other_bytes, strips_bytes
 from umtrain.memory.tensors import batch_arguments
 from umtrain.planning.residence import process_bytes
-from umtrain.planning.step import StepTrace
+from umtrain.planning.scratch import scratch_bytes
+from umtrain.planning.step import Operation, Phase, StepTrace
 from umtrain.planning.strategies import Setting
-from umtrain.planning.streaming_seconds import beside_streaming_seconds, streaming_seconds
+from umtrain.planning.streaming_seconds import (
+    beside_streaming_seconds,
+    convolution_of,
+    streaming_seconds,
+)
 from umtrain.planning.usage import resident_bytes
 from umtrain.streaming.module import Streamer
 from umtrain.streaming.plan import NoPlanError
+from umtrain.streaming.program import Program
 from umtrain.streaming.running import Settings
 from umtrain.streaming.storage import HostBlock, HostMemory
 
 _N_ROUNDS = 12  # each leaves about an eighth of what was missing
 _WAYS = 2  # what is put out comes back: half of the traffic each way
 # What is there beside maps, gradients and the model's own, of the room that a budget makes for it:
-# measured at 256 to 1024 pixels without a GPU, on an H100 and an H200 with ResNet-50 and -101.
-_STRIPS_AT_ONCE = {"cpu": 5, "cuda": 4}
+# measured at 256 to 2048 pixels without a GPU, on an H100 and an H200 with ResNet-50 and -101.
+# On a GPU that is with what kernels take for themselves.
+_STRIPS_AT_ONCE = {"cpu": 4, "cuda": 4}
 # Where maps have several strips, first, middle and last ones have kernels of their own.
 _KERNELS_BYTES = {"cpu": 20 * 2**20, "cuda": 0}
 
@@ -67,6 +75,8 @@ def plan_stream(setting: Setting) -> Streamed:
     profile = setting.profile
     largest_bytes = max((m.n_bytes for part in compiled for m in part.program.maps), default=0)
     others = _beside_maps_bytes(setting, largest_bytes)
+    if profile.kind == "cpu":
+        others += max((_scratch_bytes(part.program, setting) for part in compiled), default=0)
     compute_s = sum(sum(streaming_seconds(c.program, c.plan, profile)) for c in compiled)
     compute_s += beside_streaming_seconds(setting.subject.trace(), profile)
     moved_bytes = int(sum(plan.moved_bytes for plan in plans))
@@ -152,6 +162,27 @@ def _held_bytes(setting: Setting, trace: StepTrace) -> int:
 def _still_to_come_bytes(setting: Setting, trace: StepTrace) -> int:
     strips = strips_bytes(setting.profile.kind, _strip_bytes(setting))
     return other_bytes(trace.parameter_bytes, 0) + strips
+
+
+def _scratch_bytes(program: Program, setting: Setting) -> int:
+    """Return the most that a convolution takes for itself, on a strip's rows."""
+    phases: tuple[Phase, ...] = ("forward", "backward")
+    whole = [convolution_of(program, s, phase) for s in program.segments for phase in phases]
+    strips = [_of_strip(each, _strip_bytes(setting)) for each in whole if each is not None]
+    return max((n for each in strips for n in scratch_bytes(each, setting.profile)), default=0)
+
+
+def _of_strip(operation: Operation, strip_bytes: int) -> Operation:
+    """Return a convolution of as many rows, or slices, as a strip has."""
+    assert operation.convolution is not None
+    n_images, n_rows, *others = operation.convolution.output
+    share = min(1.0, strip_bytes / max(operation.read_bytes, operation.written_bytes))
+    n_of_strip = math.ceil(share * n_rows)
+    return replace(
+        operation,
+        flops=operation.flops * n_of_strip / n_rows,
+        convolution=replace(operation.convolution, output=(n_images, n_of_strip, *others)),
+    )
 
 
 def _beside_maps_bytes(setting: Setting, largest_map_bytes: int) -> int:

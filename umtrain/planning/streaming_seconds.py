@@ -60,11 +60,11 @@ def _action_s(program: Program, action: Action, profile: Profile) -> float:
     source_bytes = math.prod(segment.source_shape) * segment.source_dtype.itemsize
     output_bytes = 0 if segment.out is None else program.maps[segment.out].n_bytes
     moved = passes["source"] * source_bytes + passes["output"] * output_bytes
-    dtype = _DTYPES.get(segment.source_dtype.itemsize, "fp32")
-    traffic = Operation("add", segment.name, "forward", dtype, 0.0, int(moved / 2), int(moved / 2))
+    half = int(moved / 2)
+    traffic = Operation("add", segment.name, "forward", _dtype(segment), 0.0, half, half)
     seconds = operation_seconds(traffic, profile)
     phase: Phase = "backward" if backward else "forward"
-    convolution = _convolution(program, segment, phase, dtype)
+    convolution = convolution_of(program, segment, phase)
     if convolution is not None:
         seconds += operation_seconds(convolution, profile)
     if profile.kind == "cuda":
@@ -73,7 +73,11 @@ def _action_s(program: Program, action: Action, profile: Profile) -> float:
     return seconds + n_strips * _LAUNCHES_PER_STRIP * profile.launch_s
 
 
-def _convolution(program: Program, segment: Segment, phase: Phase, dtype: str) -> Operation | None:
+def _dtype(segment: Segment) -> str:
+    return _DTYPES.get(segment.source_dtype.itemsize, "fp32")
+
+
+def convolution_of(program: Program, segment: Segment, phase: Phase) -> Operation | None:
     """Return a segment's convolution, if it has one; a volume's as it is before folding."""
     operation = segment.operation
     inner = operation.inner if isinstance(operation, InPlanes) else operation
@@ -100,7 +104,7 @@ def _convolution(program: Program, segment: Segment, phase: Phase, dtype: str) -
         name="convolution" if phase == "forward" else "convolution_backward",
         layer=segment.name,
         phase=phase,
-        dtype=dtype,
+        dtype=_dtype(segment),
         flops=twice * segment.flops,
         read_bytes=source_bytes,
         written_bytes=a_map.n_bytes,

@@ -9,16 +9,18 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from umtrain.memory.allocator import give_back_free_memory, giving_back
+from umtrain.memory.budget import is_out_of_memory
 from umtrain.memory.linux import process_status, reset_peak_rss
 from umtrain.planning.profile import ConvolutionSample, PassSample
 from umtrain.planning.step import Convolution, Phase, StepTrace
@@ -33,7 +35,16 @@ _N_IN_A_ROW = 8
 _BUSY_SIDE, _BUSY_S = 2048, 5e-3
 _CHANNELS = 128  # of maps that are passed over: ResNet-50 has 64 to 2048
 _UPDATED_SHAPE = 256, 256, 3, 3
-BOTTLENECK_CHANNELS = 256
+
+
+@contextmanager
+def left_out_if_it_does_not_fit() -> Iterator[None]:
+    """End the block without an error where memory runs out in it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def distinct_convolutions(steps: Iterable[StepTrace]) -> list[tuple[Convolution, bool]]:
@@ -87,7 +98,7 @@ def time_convolution(
 
 
 def _scratch_bytes(run: Callable[[], list[Tensor | None]], device: torch.device) -> int | None:
-    """Return what `run` takes beside its results at most, after a first run; None on a GPU."""
+    """Return what is resident at most beside `run`'s results, after a first run; None on a GPU."""
     if device.type == "cuda":
         return None
     give_back_free_memory()
@@ -181,12 +192,6 @@ def least_s(run: Callable[[], Any], device: torch.device) -> float:
     return min(found)
 
 
-def _median_s(run: Callable[[], Any]) -> float:
-    """Return the median seconds of a few runs, after one that is left out."""
-    run()
-    return statistics.median(wall_s(run) for _ in range(_MOST_TIMES))
-
-
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds of a run; on a GPU of one of several in a row, launched ahead of it."""
     if device.type == "cpu":
@@ -205,7 +210,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def wall_s(run: Callable[[], Any]) -> float:
-    """Return the seconds of a run, for whoever started it."""
+    """Return the seconds until `run` returns, which on a GPU may be before its kernels end."""
     start_s = time.perf_counter()
     run()
     return time.perf_counter() - start_s
@@ -228,7 +233,9 @@ def _n_products(device: torch.device) -> int:
             a @ a
         torch.cuda.synchronize(device)
 
-    return math.ceil(_BUSY_S / (_median_s(run) / _N_IN_A_ROW))
+    run()
+    run_s = statistics.median(wall_s(run) for _ in range(_MOST_TIMES))
+    return math.ceil(_BUSY_S / (run_s / _N_IN_A_ROW))
 
 
 def matrix_rate(dtype: str, device: torch.device, *, is_native: bool) -> float:
@@ -269,12 +276,3 @@ def measure_memory(device: torch.device) -> Memory:
 def _fresh_fill_s() -> float:
     """Return the seconds of filling fresh memory, and of giving it back."""
     return wall_s(lambda: torch.empty(PROBE_BYTES, dtype=torch.uint8).fill_(1))
-
-
-def bottlenecks(n_blocks: int) -> nn.Module:
-    """Return blocks of ResNet-50, in channels-last; their input has `BOTTLENECK_CHANNELS`."""
-    from torchvision.models.resnet import Bottleneck
-
-    width = BOTTLENECK_CHANNELS // Bottleneck.expansion
-    blocks = [Bottleneck(BOTTLENECK_CHANNELS, width) for _ in range(n_blocks)]
-    return nn.Sequential(*blocks).to(memory_format=torch.channels_last)

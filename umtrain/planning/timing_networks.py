@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from umtrain.planning.profile import CompositionSample, Profile
 from umtrain.planning.seconds import kernel_seconds
 from umtrain.planning.step import StepTrace
-from umtrain.planning.timing import TORCH_DTYPES, wall_s
+from umtrain.planning.timing import TORCH_DTYPES, left_out_if_it_does_not_fit, wall_s
 from umtrain.planning.tracing import mean_square, trace_step
 
 LAUNCHED_PX = 64
@@ -31,19 +31,22 @@ _LEAST_LAUNCH_S = 1e-6
 
 @dataclass(frozen=True)
 class TimedStep:
-    """A training step: its kernels one by one, the update's apart from the others, and in all."""
+    """A training step: its kernels one by one, and all together.
+
+    Those in the network's dtype stand apart from `others_s`: the update, and what is always fp32.
+    """
 
     n_operations: int
     n_bytes: int  # read and written by all but the update
     kernels_s: float
-    update_s: float
+    others_s: float
     step_s: float
 
 
 def traces(dtype: str, device: torch.device) -> list[StepTrace]:
     """Return a step of each network at each size: what their kernels are."""
     return [
-        _trace(_on_device(make(), torch.device("meta")), dtype, side_px)
+        _trace(_made(make, torch.device("meta")), dtype, side_px)
         for side_px in (LAUNCHED_PX, *COMPOSED_PX[device.type])
         for make in _networks()
     ]
@@ -56,21 +59,31 @@ def time_networks(dtype: str, side_px: int, profile: Profile) -> list[TimedStep]
     """
     found = []
     for make in _networks():
-        try:
-            found.append(_time_step(make(), dtype, side_px, profile))
-        except torch.OutOfMemoryError:
-            continue
+        with left_out_if_it_does_not_fit():
+            trace, step = _training_step(make, dtype, side_px, torch.device(profile.kind))
+            found.append(_timed(trace, dtype, median_s(step), profile))
     return found
 
 
-def launch_s(steps: Sequence[TimedStep], device_kind: str) -> float:
+def training_steps(
+    dtype: str, side_px: int, device: torch.device
+) -> list[tuple[StepTrace, Callable[[], None]]]:
+    """Return for each network what a step does, and a function that does it and waits for it."""
+    return [_training_step(make, dtype, side_px, device) for make in _networks()]
+
+
+def launch_s(steps: Sequence[TimedStep], device_kind: str) -> float | None:
     """Return what an operation costs beside its work, by steps whose maps are small.
 
     Python, the dispatcher, autograd, and where there is no GPU the library's own set-up and the
-    start of its threads. A GPU does the work meanwhile.
+    start of its threads. A GPU does the work meanwhile: None if that takes as long.
     """
+    if device_kind == "cuda":
+        steps = [each for each in steps if 2 * (each.kernels_s + each.others_s) < each.step_s]
+    if not steps:
+        return None
     beside_s = [
-        each.step_s - (each.kernels_s + each.update_s if device_kind == "cpu" else 0.0)
+        each.step_s - (each.kernels_s + each.others_s if device_kind == "cpu" else 0.0)
         for each in steps
     ]
     return max(_LEAST_LAUNCH_S, sum(beside_s) / sum(each.n_operations for each in steps))
@@ -83,12 +96,11 @@ def composition(
 
     None where launching may take as long as computing, or there is no step.
     """
-    launching_s = [each.n_operations * profile.launch_s for each in steps]
+    launching_s = {each: each.n_operations * profile.launch_s for each in steps}
     if profile.kind == "cuda":
-        pairs = zip(steps, launching_s, strict=True)
-        steps = [each for each, s in pairs if each.step_s > 2 * s]
-        launching_s = [0.0] * len(steps)
-    in_network_s = sum(each.step_s - each.update_s for each in steps) - sum(launching_s)
+        steps = [each for each in steps if each.step_s > 2 * launching_s[each]]
+        launching_s = dict.fromkeys(steps, 0.0)
+    in_network_s = sum(each.step_s - each.others_s - launching_s[each] for each in steps)
     if not steps or in_network_s <= 0:
         return None
     n_bytes = sum(each.n_bytes for each in steps) // sum(each.n_operations for each in steps)
@@ -101,8 +113,9 @@ def _networks() -> list[Callable[[], nn.Module]]:
     return [partial(ResNet, block, [1, 1, 1, 1]) for block in (BasicBlock, Bottleneck)]
 
 
-def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    return model.to(device).to(memory_format=torch.channels_last)
+def _made(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    with device:
+        return make().to(memory_format=torch.channels_last)
 
 
 def _trace(model: nn.Module, dtype: str, side_px: int) -> StepTrace:
@@ -114,12 +127,10 @@ def _image(dtype: str, side_px: int, device: torch.device) -> Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
-def _time_step(model: nn.Module, dtype: str, side_px: int, profile: Profile) -> TimedStep:
-    device = torch.device(profile.kind)
-    model = _on_device(model, device)
-    trace = _trace(model, dtype, side_px)
-    others = [each for each in trace.operations if each.phase != "optimizer"]
-    updates = [each for each in trace.operations if each.phase == "optimizer"]
+def _training_step(
+    make: Callable[[], nn.Module], dtype: str, side_px: int, device: torch.device
+) -> tuple[StepTrace, Callable[[], None]]:
+    model = _made(make, device)
     x = _image(dtype, side_px, device).normal_()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
@@ -132,16 +143,23 @@ def _time_step(model: nn.Module, dtype: str, side_px: int, profile: Profile) -> 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    return _trace(model, dtype, side_px), step
+
+
+def _timed(trace: StepTrace, dtype: str, step_s: float, profile: Profile) -> TimedStep:
+    computing = [each for each in trace.operations if each.phase != "optimizer"]
+    all_s = sum(kernel_seconds(each, profile) for each in trace.operations)
+    kernels_s = sum(kernel_seconds(each, profile) for each in computing if each.dtype == dtype)
     return TimedStep(
         n_operations=len(trace.operations),
-        n_bytes=sum(each.read_bytes + each.written_bytes for each in others),
-        kernels_s=sum(kernel_seconds(each, profile) for each in others),
-        update_s=sum(kernel_seconds(each, profile) for each in updates),
-        step_s=_median_s(step),
+        n_bytes=sum(each.read_bytes + each.written_bytes for each in computing),
+        kernels_s=kernels_s,
+        others_s=all_s - kernels_s,
+        step_s=step_s,
     )
 
 
-def _median_s(step: Callable[[], Any]) -> float:
+def median_s(step: Callable[[], Any]) -> float:
     """Return the median seconds of a few steps, after one that is left out."""
     step()
     times_s: list[float] = []

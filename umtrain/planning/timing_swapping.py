@@ -21,7 +21,7 @@ from umtrain.memory.io_threads import start_io_threads
 from umtrain.memory.options import Options
 from umtrain.memory.positioned import PositionedFile
 from umtrain.planning.profile import load_profile
-from umtrain.planning.timing import BOTTLENECK_CHANNELS, PROBE_BYTES, bottlenecks, least_s
+from umtrain.planning.timing import PROBE_BYTES, least_s
 from umtrain.streaming.storage import ALIGNMENT_BYTES
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ _COMPUTED_PX = 128
 # Blocks of ResNet-50 that are swapped, pixels a side and how many: transfers cost by their number
 # where maps are small, by their bytes where maps are large.
 _SWAPPED = ((32, 6), (128, 3))
+_CHANNELS = 256
 _N_STEPS = 4
 
 
@@ -72,7 +73,7 @@ def spill_disk(folder: Path | None) -> Link:
 
 def _beside_computing(transfer: Callable[[], Any]) -> float:
     """Return the seconds of a transfer while all cores compute."""
-    layer = bottlenecks(1).requires_grad_(False).eval()
+    layer = _bottlenecks(1).requires_grad_(False).eval()
     x = _noise(_COMPUTED_PX)
 
     def timed() -> None:
@@ -96,7 +97,7 @@ def _costs_of_swapping(folder: Path | None) -> tuple[float, float]:
     amounts, costs_s = [], []
     try:
         for side_px, n_blocks in _SWAPPED:
-            model, x = bottlenecks(n_blocks), _noise(side_px)
+            model, x = _bottlenecks(n_blocks), _noise(side_px)
             n_transfers = 2 * _n_moved(model, x)
             for _ in range(_N_TIMES):
                 kept_s, _ = _step("vanilla", model, x, folder)
@@ -168,5 +169,14 @@ def _autocast() -> torch.autocast:
 
 
 def _noise(side_px: int) -> Tensor:
-    x = torch.randn(1, BOTTLENECK_CHANNELS, side_px, side_px)
+    x = torch.randn(1, _CHANNELS, side_px, side_px)
     return x.to(memory_format=torch.channels_last)
+
+
+def _bottlenecks(n_blocks: int) -> nn.Module:
+    """Return blocks of ResNet-50, in channels-last; their input has `_CHANNELS`."""
+    from torchvision.models.resnet import Bottleneck
+
+    width = _CHANNELS // Bottleneck.expansion
+    blocks = [Bottleneck(_CHANNELS, width) for _ in range(n_blocks)]
+    return nn.Sequential(*blocks).to(memory_format=torch.channels_last)
