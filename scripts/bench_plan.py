@@ -13,10 +13,7 @@ Method: a measured cell is `python -m umtrain.trial`, which trains as `umtrain f
 --steps steps or more, for --seconds at least (the first second of a process is slower than the
 rest of a run); the first step is left out and the median of the rest is taken. A prediction never
 sees a measured cell: it comes from the trace of a step and a profile (`umtrain plan
-calibrate=true`). A shared machine is faster in one minute than in the next: before and after each
-cell the calibration's own small networks take a few steps. How much longer those take than the
-profile says is the machine's pace in that minute, and predictions are judged twice: as they are,
-and at that pace.
+calibrate=true`).
 Prints tables; the last line of output is one JSON document. --out writes it, with a picture.
 """
 
@@ -46,8 +43,7 @@ MODELS = {
     "resnet101": ("dataset=wsi", "model=resnet101"),
     "resunet35": ("dataset=spine",),
 }
-WANTED = {"device_peak_bytes": 0.10, "step_s": 0.25, "step_s_at_pace": 0.25}
-PACE_PX = {"cpu": 256, "cuda": 4096}
+WANTED = {"device_peak_bytes": 0.10, "step_s": 0.25}
 GIB = 2**30
 
 # "No Compromise Using Unified Memory for High Resolution Medical Image AI": ResNet-101 on one V100
@@ -67,20 +63,16 @@ def measured(arguments: argparse.Namespace) -> dict[str, object]:
     from umtrain.trial import run_trial
 
     rows = kept_rows(arguments)
-    paces = {precision: Pace(precision, arguments.device) for precision in arguments.precisions}
     for model, precision, res, strategy in cells(arguments):
         key = {"model": model, "precision": precision, "res": res, "strategy": strategy}
         key["budget"] = arguments.budget
         row = next((r for r in rows if all(r[k] == v for k, v in key.items())), None)
         if row is None:
             overrides = [*overrides_of(model, precision, res, arguments), f"memory={strategy}"]
-            before_s = paces[precision].seconds()
             outcome = run_trial(overrides, arguments.steps, arguments.seconds)
-            networks_s = [before_s, paces[precision].seconds()]
-            row = {**key, "measured": figures_of(outcome), "networks_s": networks_s}
+            row = {**key, "measured": figures_of(outcome)}
             rows.append(row)
         row["predicted"] = predicted_figures(model, precision, res, strategy, arguments)
-        row["networks_predicted_s"] = paces[precision].predicted_s()
         row["deviation"] = deviations(row)
         print(row_text(row), flush=True)
         write_document(document_of(arguments, rows), arguments.out)
@@ -89,34 +81,6 @@ def measured(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.out is not None:
         draw(document, arguments.out)
     return document
-
-
-class Pace:
-    """Steps of the networks that a calibration trains."""
-
-    def __init__(self, precision: str, device: str) -> None:
-        import torch
-
-        from umtrain.memory.allocator import recycle_large_buffers
-        from umtrain.planning.timing_networks import training_steps
-
-        recycle_large_buffers(device)
-        self._device = device
-        self._steps = training_steps(precision, PACE_PX[device], torch.device(device))
-
-    def seconds(self) -> float:
-        """Return the seconds of a step of each, together."""
-        from umtrain.planning.timing_networks import median_s
-
-        return sum(median_s(step) for _, step in self._steps)
-
-    def predicted_s(self) -> float:
-        """Return what the profile says that they take."""
-        from umtrain.planning.calibration import local_profile
-        from umtrain.planning.seconds import step_seconds
-
-        profile = local_profile(self._device)
-        return sum(sum(step_seconds(trace.operations, profile)) for trace, _ in self._steps)
 
 
 def kept_rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
@@ -179,14 +143,10 @@ def predicted_figures(
 def deviations(row: dict[str, object]) -> dict[str, float | None]:
     """Return by how much of the measured figure each predicted one is off."""
     predicted, real = row["predicted"], row["measured"]
-    found = {
+    return {
         key: predicted[key] / real[key] - 1 if real.get(key) and predicted.get(key) else None
-        for key in ("device_peak_bytes", "step_s", "host_peak_bytes")
+        for key in (*WANTED, "host_peak_bytes")
     }
-    if "networks_s" in row and found["step_s"] is not None:
-        pace = statistics.mean(row["networks_s"]) / row["networks_predicted_s"]
-        found["step_s_at_pace"] = (1 + found["step_s"]) * pace - 1
-    return found
 
 
 def row_text(row: dict[str, object]) -> str:
@@ -198,8 +158,7 @@ def row_text(row: dict[str, object]) -> str:
     return (
         f"{name} memory {figure(predicted['device_peak_bytes'], GIB)} for "
         f"{figure(real['device_peak_bytes'], GIB)} GiB ({percent(off['device_peak_bytes'])}), step "
-        f"{figure(predicted['step_s'])} for {figure(real['step_s'])} s ({percent(off['step_s'])}, "
-        f"{percent(off.get('step_s_at_pace'))} at the machine's pace)"
+        f"{figure(predicted['step_s'])} for {figure(real['step_s'])} s ({percent(off['step_s'])})"
     )
 
 
@@ -225,8 +184,7 @@ def summary(rows: list[dict[str, object]]) -> dict[str, object]:
     """Return per figure how many cells are as near as is wanted, and the worst."""
     result = {}
     for key, wanted in WANTED.items():
-        offs = [row["deviation"].get(key) for row in rows]
-        offs = [off for off in offs if off is not None]
+        offs = [row["deviation"][key] for row in rows if row["deviation"][key] is not None]
         if not offs:
             continue
         sizes = [abs(off) for off in offs]

@@ -151,7 +151,7 @@ def _progress(console: Console) -> Iterator[Any]:
 
         def update(done: int, total: int, note: str) -> None:
             if not bars:
-                console.say("measuring this machine, once (a minute or two)")
+                console.say("measuring this machine, once (two or three minutes)")
                 bars.append(stack.enter_context(console.task("calibrating", total)))
             bars[0].update(done, note)
 

@@ -70,7 +70,7 @@ COMMANDS = {
         "Says of every strategy, or of one, what a step takes, and which memory=auto would choose "
         "(memory=auto is all). Needs no manifest; with one it says what an epoch takes, its "
         "validation included. This machine is measured once, "
-        "in a minute or two, and the figures are kept; calibrate=true measures again. "
+        "in two or three minutes, and the figures are kept; calibrate=true measures again. "
         "device= also takes a profile of another machine; dataset.aspect any shape of slide. "
         "Several values of res, or out=DIR, write plan.json and plan.png.\n"
         f"Profiles: {', '.join(group_options('device_profile'))}",

@@ -20,7 +20,7 @@ from umtrain.planning.calibration import (
 )
 from umtrain.planning.profile import load_profile, profile_names
 from umtrain.planning.seconds import operation_seconds
-from umtrain.planning.timing_networks import COMPOSED_PX, TimedStep
+from umtrain.planning.timing_networks import COMPOSED_PX, TimedStep, TrainedNetwork
 from umtrain.planning.timing_swapping import fit_costs
 from umtrain.planning.tracing import trace_step
 
@@ -44,14 +44,17 @@ def a_network():
     )
 
 
+def trained(dtypes, sides_px, device):
+    return [TrainedNetwork(a_network, d, px, device) for d in dtypes for px in sides_px]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_steps_are_timed():
     """Swap maps of 64 KiB, and train two layers on a few pixels: real ones take a minute."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing_swapping, "_SWAPPED", ((8, 2),))
         patch.setattr(timing_swapping, "_N_TIMES", 1)
-        patch.setattr(timing_networks, "_networks", lambda: [a_network])
-        patch.setattr(timing_networks, "LAUNCHED_PX", 8)
+        patch.setattr(calibration, "trained_networks", trained)
         patch.setattr(calibration, "LAUNCHED_PX", 8)
         patch.setitem(COMPOSED_PX, "cpu", (128, 256))
         yield
@@ -262,33 +265,54 @@ def test_freed_buffers_are_used_again_while_it_measures_and_not_after(tmp_path, 
     assert allocator._current == before
 
 
+def after_steps_of(monkeypatch, profile, dtype, steps_s):
+    """The profile after networks took so many seconds a step, by pixels."""
+    networks = trained([dtype], steps_s, CPU)
+    for network in networks:
+        monkeypatch.setattr(timing_networks, "wall_s", lambda step, n=network: steps_s[n.side_px])
+        network.train()
+    return calibration._with_networks(profile, networks)
+
+
 def test_what_operations_cost_in_a_network_is_measured_on_small_maps_and_large(
     profile, monkeypatch
 ):
-    steps_s = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(timing_networks, "median_s", lambda step: next(steps_s))
-    told = calibration._Told(lambda *_: None, 3)
-    found = calibration._with_networks(profile, ["fp32"], told)
+    found = after_steps_of(monkeypatch, profile, "fp32", {8: 1.0, 128: 20.0, 256: 30.0})
     small, large = found.composition_samples
     assert small.n_bytes < large.n_bytes
 
 
-def test_without_memory_for_a_network_the_fix_is_named(profile, monkeypatch):
-    def refuse(step):
-        torch.empty(2**60, dtype=torch.uint8)
+def test_steps_of_networks_count_with_the_median_of_all_times_but_each_times_first(monkeypatch):
+    (network,) = trained(["fp32"], [8], CPU)
+    times_s = iter([0.25, 0.2, 0.1, 0.4, 0.15, 0.12, 0.1])
+    monkeypatch.setattr(timing_networks, "wall_s", lambda step: next(times_s))
+    ran = []
+    network.step = lambda: ran.append(1)
+    for _ in range(3):
+        network.train()  # until a third of a second is over, or three steps
+    assert len(ran) == 3
+    assert network.timed(load_profile("generic_cpu")).step_s == 0.15
+    assert list(times_s) == []
 
-    monkeypatch.setattr(timing_networks, "median_s", refuse)
+
+def test_without_memory_for_a_network_the_fix_is_named(profile):
+    networks = trained(["fp32"], [8], CPU)
+    for network in networks:
+        network.step = lambda: torch.empty(2**60, dtype=torch.uint8)
+        network.train()
+        network.train()
     with pytest.raises(OutOfMemoryError, match=r"to measure a network in; .* device=\.\.\."):
-        calibration._with_networks(profile, ["fp32"], calibration._Told(lambda *_: None, 3))
+        calibration._with_networks(profile, networks)
 
 
-def test_an_error_that_is_not_about_memory_is_not_taken_for_one(profile, monkeypatch):
-    def refuse(step):
+def test_an_error_that_is_not_about_memory_is_not_taken_for_one():
+    def refuse():
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(timing_networks, "median_s", refuse)
+    (network,) = trained(["fp32"], [8], CPU)
+    network.step = refuse
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        timing_networks.time_networks("fp32", 8, profile)
+        network.train()
 
 
 def test_the_networks_that_were_trained_are_timed_kernel_by_kernel_too(profile):
@@ -311,16 +335,11 @@ def test_networks_that_were_trained_are_predicted_to_take_as_long_as_they_did(
     profile, monkeypatch, launching_s, dtype
 ):
     kernels = dataclasses.replace(profile, composition_samples=(), launch_s=0.0)
-    steps_s = {8: seconds_of_training(kernels, dtype, 8) + launching_s, 256: 7.0}
-    found = {}
-    for side_px, step_s in steps_s.items():
-        monkeypatch.setattr(timing_networks, "median_s", lambda step, step_s=step_s: step_s)
-        found[side_px] = timing_networks.time_networks(dtype, side_px, kernels)
-    launched = dataclasses.replace(kernels, launch_s=timing_networks.launch_s(found[8], "cpu"))
-    assert seconds_of_training(launched, dtype, 8) == pytest.approx(steps_s[8], rel=1e-6)
-    sample = timing_networks.composition(dtype, found[256], launched)
-    known = dataclasses.replace(launched, composition_samples=(sample,))
-    assert seconds_of_training(known, dtype, 256) == pytest.approx(steps_s[256], rel=1e-6)
+    small_s = seconds_of_training(kernels, dtype, 8) + launching_s
+    known = after_steps_of(monkeypatch, kernels, dtype, {8: small_s, 256: 7.0})
+    assert seconds_of_training(known, dtype, 256) == pytest.approx(7.0, rel=1e-6)
+    launched = dataclasses.replace(known, composition_samples=())
+    assert seconds_of_training(launched, dtype, 8) == pytest.approx(small_s, rel=1e-6)
 
 
 def a_step_of(step_s, kernels_s=1e-3):
@@ -337,15 +356,6 @@ def test_a_gpu_that_waits_for_launches_says_nothing_about_kernels():
 
 def test_a_gpu_that_computes_as_long_as_it_is_launched_says_nothing_about_launching():
     assert timing_networks.launch_s(a_step_of(3e-3, kernels_s=2e-3), "cuda") is None
-
-
-def test_a_network_that_does_not_fit_is_left_out(profile, monkeypatch):
-    def refuse(step):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(timing_networks, "median_s", refuse)
-    assert timing_networks.time_networks("fp32", 8, profile) == []
-    assert timing_networks.composition("fp32", [], profile) is None
 
 
 @pytest.mark.parametrize("fitting_channels", [3, 0])

@@ -1,4 +1,4 @@
-"""This machine's profile, measured once in a minute or two and kept.
+"""This machine's profile, measured once in two or three minutes and kept.
 
 The real kernels are timed, through torch: the convolutions of given steps, forward and backward,
 with the memory that they take for themselves; passes over feature maps in the cache and out of it;
@@ -58,10 +58,10 @@ from umtrain.planning.timing_networks import (
     COMPOSED_PX,
     LAUNCHED_PX,
     TimedStep,
+    TrainedNetwork,
     composition,
     launch_s,
-    time_networks,
-    traces,
+    trained_networks,
 )
 from umtrain.planning.timing_swapping import link_of_gpu, spill_disk
 
@@ -70,6 +70,7 @@ _VERSION = 8  # raised where another figure is measured, or one in another way
 # Seconds after which no further convolution of a precision is timed: one that the processor has
 # instructions for, and one that it imitates, tens of times slower.
 _CONVOLUTIONS_S = {True: 60.0, False: 10.0}
+_TRAINED_EVERY_S = 15.0
 # Read-ahead of a mapped file on Linux; a fault of a page that is not there reads this much.
 _READ_AHEAD_BYTES = 128 * 2**10
 _FAULT_S = 1e-4
@@ -193,20 +194,32 @@ class _Told:
         self._progress(self._n_all, self._n_all, "")
 
 
-def _shapes(
-    steps: list[StepTrace], device: torch.device, *, is_native: dict[str, bool]
-) -> dict[str, list[tuple[Convolution, bool]]]:
-    """Return by dtype the convolutions to time: first those of the networks that are trained."""
-    asked = distinct_convolutions(steps)
-    Random(0).shuffle(asked)
-    found = {}
-    for dtype, native in is_native.items():
-        trained = distinct_convolutions(traces(dtype, device)) if native else []
-        Random(0).shuffle(trained)
-        in_order = dict.fromkeys(shape for shape, _ in [*trained, *asked])
-        with_gradient = {shape for shape, has in [*trained, *asked] if has}
-        found[dtype] = [(shape, shape in with_gradient) for shape in in_order]
-    return found
+class _Between:
+    """Has networks train between other measurements, now and then."""
+
+    def __init__(self, networks: list[TrainedNetwork]) -> None:
+        self._networks, self._next_s = networks, 0.0
+
+    def train(self, *, at_once: bool = False) -> float:
+        """Train if it is time to; returns the seconds that this took."""
+        start_s = time.monotonic()
+        if not at_once and start_s < self._next_s:
+            return 0.0
+        for network in self._networks:
+            network.train()
+        end_s = time.monotonic()
+        self._next_s = end_s + _TRAINED_EVERY_S
+        return end_s - start_s
+
+
+def _shapes(trained: list[StepTrace], steps: list[StepTrace]) -> list[tuple[Convolution, bool]]:
+    """Return the convolutions of both, those of networks that are trained first."""
+    both = [distinct_convolutions(trained), distinct_convolutions(steps)]
+    for shapes in both:
+        Random(0).shuffle(shapes)
+    in_order = dict.fromkeys(shape for shapes in both for shape, _ in shapes)
+    with_gradient = {shape for shapes in both for shape, has_gradient in shapes if has_gradient}
+    return [(shape, shape in with_gradient) for shape in in_order]
 
 
 def _time_convolutions(
@@ -214,6 +227,7 @@ def _time_convolutions(
     device: torch.device,
     limits_s: dict[str, float],
     told: _Told,
+    between: _Between,
 ) -> list[ConvolutionSample]:
     """Time each dtype's shapes, as many as come in its seconds; what does not fit is left out.
 
@@ -224,6 +238,7 @@ def _time_convolutions(
         end_s = time.monotonic() + limits_s[dtype]
         for at, (shape, has_source_gradient) in enumerate(mine, 1):
             told.begin(f"convolution {dtype}")
+            end_s += between.train()
             with left_out_if_it_does_not_fit():
                 found += time_convolution(dtype, shape, has_source_gradient, device)
             if time.monotonic() > end_s:
@@ -254,17 +269,24 @@ def calibrate(
     native_bf16 = is_gpu or cpu_has_bf16()
     # What is imitated comes last: its kernels would mislead the estimate of what is left to do.
     is_native = {"fp32": True, "bf16": native_bf16}
-    shapes = _shapes(steps, device, is_native=is_native)
-    passes = [(dtype, n_bytes) for dtype in TORCH_DTYPES for n_bytes in PASS_BYTES]
+    sides_px = (LAUNCHED_PX, *COMPOSED_PX[device.type])
     native = [dtype for dtype, known in is_native.items() if known]
-    n_trained = len(native) * (1 + len(COMPOSED_PX[device.type]))
-    told = _Told(progress, sum(map(len, shapes.values())) + len(passes) + 2 + n_trained)
+    networks = trained_networks(native, sides_px, device)
+    shapes = {
+        dtype: _shapes([each.trace for each in networks if each.dtype == dtype], steps)
+        for dtype in is_native
+    }
+    passes = [(dtype, n_bytes) for dtype in TORCH_DTYPES for n_bytes in PASS_BYTES]
+    told = _Told(progress, sum(map(len, shapes.values())) + len(passes) + 2)
     limits_s = {dtype: _CONVOLUTIONS_S[known] for dtype, known in is_native.items()}
-    convolutions = _time_convolutions(shapes, device, limits_s, told)
+    between = _Between(networks)
+    convolutions = _time_convolutions(shapes, device, limits_s, told, between)
     pass_samples: list[PassSample] = []
     for dtype, n_bytes in passes:
         told.begin(f"passes {dtype}")
+        between.train()
         pass_samples += time_passes(dtype, n_bytes, device)
+    between.train(at_once=True)
     told.begin("memory")
     memory = measure_memory(device)
     told.begin("link to host memory" if is_gpu else "spill disk and swapping")
@@ -293,28 +315,29 @@ def calibrate(
         convolution_samples=tuple(convolutions),
         pass_samples=tuple(pass_samples),
     )
-    profile = _with_networks(kernels, native, told)
     told.end()
-    return profile
+    return _with_networks(kernels, networks)
 
 
-def _with_networks(kernels: Profile, dtypes: list[str], told: _Told) -> Profile:
+def _with_networks(kernels: Profile, networks: list[TrainedNetwork]) -> Profile:
     """Return the profile with what launching costs, and with what kernels take in a network."""
-    small: list[TimedStep] = []
-    for dtype in dtypes:
-        told.begin(f"a small network {dtype}")
-        small += time_networks(dtype, LAUNCHED_PX, kernels)
+    steps: dict[tuple[str, int], list[TimedStep]] = {}
+    for network in networks:
+        step = network.timed(kernels)
+        if step is not None:
+            steps.setdefault((network.dtype, network.side_px), []).append(step)
+    small = [each for (_, px), found in steps.items() if px == LAUNCHED_PX for each in found]
     if not small:
         raise _no_memory(torch.device(kernels.kind), "a network")
     launched_s = launch_s(small, kernels.kind)
     if launched_s is None:
         launched_s = nearest_gpu(kernels.title, kernels.device_bytes).launch_s
     profile = dataclasses.replace(kernels, launch_s=launched_s)
-    samples = []
-    for dtype in dtypes:
-        for side_px in COMPOSED_PX[kernels.kind]:
-            told.begin(f"a network {dtype}")
-            samples.append(composition(dtype, time_networks(dtype, side_px, kernels), profile))
+    samples = [
+        composition(dtype, found, profile)
+        for (dtype, side_px), found in steps.items()
+        if side_px != LAUNCHED_PX
+    ]
     return dataclasses.replace(profile, composition_samples=tuple(filter(None, samples)))
 
 

@@ -3,29 +3,29 @@
 Alone and over and over a kernel finds its operands in the cache and its threads awake, and nothing
 calls it but a loop; in a network it finds what other kernels left, and autocast, autograd and the
 library's own set-up stand before it. So small networks are trained, of one block for each stage of
-a ResNet, at a size where launching counts, and at some where it does not.
+a ResNet, at a size where launching counts, and at some where it does not. They take their steps
+between the kernels' runs: a machine that others use too is faster in one minute than in the next.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from umtrain.planning.profile import CompositionSample, Profile
 from umtrain.planning.seconds import kernel_seconds
-from umtrain.planning.step import StepTrace
 from umtrain.planning.timing import TORCH_DTYPES, left_out_if_it_does_not_fit, wall_s
 from umtrain.planning.tracing import mean_square, trace_step
 
 LAUNCHED_PX = 64
 # Pixels a side: maps that fit in a processor's cache, and maps that do not; on a GPU maps that take
 # longer to compute than to launch.
-COMPOSED_PX = {"cpu": (256, 1024), "cuda": (4096,)}
-_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 3, 12, 1.0
+COMPOSED_PX = {"cpu": (256, 768), "cuda": (4096,)}
+_LEAST_STEPS, _ENOUGH_S = 3, 0.3
 _LEAST_LAUNCH_S = 1e-6
 
 
@@ -43,33 +43,79 @@ class TimedStep:
     step_s: float
 
 
-def traces(dtype: str, device: torch.device) -> list[StepTrace]:
-    """Return a step of each network at each size: what their kernels are."""
-    return [
-        _trace(_made(make, torch.device("meta")), dtype, side_px)
-        for side_px in (LAUNCHED_PX, *COMPOSED_PX[device.type])
-        for make in _networks()
-    ]
+class TrainedNetwork:
+    """A small network that takes a few steps now and then, for as long as memory suffices."""
 
+    def __init__(
+        self, make: Callable[[], nn.Module], dtype: str, side_px: int, device: torch.device
+    ) -> None:
+        with device:
+            model = make().to(memory_format=torch.channels_last)
+        x = torch.randn(1, 3, side_px, side_px, device=device, dtype=TORCH_DTYPES[dtype])
+        x = x.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-def time_networks(dtype: str, side_px: int, profile: Profile) -> list[TimedStep]:
-    """Train each network for a few steps; one that does not fit is left out.
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+                output = model(x)
+            torch.autograd.backward(mean_square(output))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
-    `profile` is what the kernels were found to take alone.
-    """
-    found = []
-    for make in _networks():
+        self.dtype, self.side_px = dtype, side_px
+        self.trace = trace_step(model, x, precision=dtype)
+        self.step = step
+        self._fits = True
+        self._times_s: list[float] = []
+
+    def train(self) -> None:
+        """Take a few steps, and one before that is left out. Once memory ran out, do nothing."""
+        if not self._fits:
+            return
+        self._fits = False
         with left_out_if_it_does_not_fit():
-            trace, step = _training_step(make, dtype, side_px, torch.device(profile.kind))
-            found.append(_timed(trace, dtype, median_s(step), profile))
+            self.step()  # others were here, or nobody: pages and caches are not this network's
+            self._times_s += _seconds_of_a_few(self.step)
+            self._fits = True
+
+    def timed(self, profile: Profile) -> TimedStep | None:
+        """Return a step, its kernels as `profile` has them alone; None if it did not fit."""
+        if not self._times_s:
+            return None
+        operations, dtype = self.trace.operations, self.dtype
+        computing = [each for each in operations if each.phase != "optimizer"]
+        all_s = sum(kernel_seconds(each, profile) for each in operations)
+        kernels_s = sum(kernel_seconds(each, profile) for each in computing if each.dtype == dtype)
+        return TimedStep(
+            n_operations=len(operations),
+            n_bytes=sum(each.read_bytes + each.written_bytes for each in computing),
+            kernels_s=kernels_s,
+            others_s=all_s - kernels_s,
+            step_s=statistics.median(self._times_s),
+        )
+
+
+def _seconds_of_a_few(step: Callable[[], None]) -> list[float]:
+    times_s: list[float] = []
+    while len(times_s) < _LEAST_STEPS and sum(times_s) < _ENOUGH_S:
+        times_s.append(wall_s(step))
+    return times_s
+
+
+def trained_networks(
+    dtypes: Sequence[str], sides_px: Sequence[int], device: torch.device
+) -> list[TrainedNetwork]:
+    """Return each network in each dtype at each size, if there is room for its weights."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    found = []
+    for dtype, side_px, block in product(dtypes, sides_px, (BasicBlock, Bottleneck)):
+        with left_out_if_it_does_not_fit():
+            make = partial(ResNet, block, [1, 1, 1, 1])
+            found.append(TrainedNetwork(make, dtype, side_px, device))
     return found
-
-
-def training_steps(
-    dtype: str, side_px: int, device: torch.device
-) -> list[tuple[StepTrace, Callable[[], None]]]:
-    """Return for each network what a step does, and a function that does it and waits for it."""
-    return [_training_step(make, dtype, side_px, device) for make in _networks()]
 
 
 def launch_s(steps: Sequence[TimedStep], device_kind: str) -> float | None:
@@ -105,64 +151,3 @@ def composition(
         return None
     n_bytes = sum(each.n_bytes for each in steps) // sum(each.n_operations for each in steps)
     return CompositionSample(dtype, n_bytes, in_network_s / sum(each.kernels_s for each in steps))
-
-
-def _networks() -> list[Callable[[], nn.Module]]:
-    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-
-    return [partial(ResNet, block, [1, 1, 1, 1]) for block in (BasicBlock, Bottleneck)]
-
-
-def _made(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-    with device:
-        return make().to(memory_format=torch.channels_last)
-
-
-def _trace(model: nn.Module, dtype: str, side_px: int) -> StepTrace:
-    return trace_step(model, _image(dtype, side_px, torch.device("meta")), precision=dtype)
-
-
-def _image(dtype: str, side_px: int, device: torch.device) -> Tensor:
-    x = torch.ones(1, 3, side_px, side_px, device=device, dtype=TORCH_DTYPES[dtype])
-    return x.to(memory_format=torch.channels_last)
-
-
-def _training_step(
-    make: Callable[[], nn.Module], dtype: str, side_px: int, device: torch.device
-) -> tuple[StepTrace, Callable[[], None]]:
-    model = _made(make, device)
-    x = _image(dtype, side_px, device).normal_()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            output = model(x)
-        torch.autograd.backward(mean_square(output))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return _trace(model, dtype, side_px), step
-
-
-def _timed(trace: StepTrace, dtype: str, step_s: float, profile: Profile) -> TimedStep:
-    computing = [each for each in trace.operations if each.phase != "optimizer"]
-    all_s = sum(kernel_seconds(each, profile) for each in trace.operations)
-    kernels_s = sum(kernel_seconds(each, profile) for each in computing if each.dtype == dtype)
-    return TimedStep(
-        n_operations=len(trace.operations),
-        n_bytes=sum(each.read_bytes + each.written_bytes for each in computing),
-        kernels_s=kernels_s,
-        others_s=all_s - kernels_s,
-        step_s=step_s,
-    )
-
-
-def median_s(step: Callable[[], Any]) -> float:
-    """Return the median seconds of a few steps, after one that is left out."""
-    step()
-    times_s: list[float] = []
-    while len(times_s) < _LEAST_STEPS or (len(times_s) < _MOST_STEPS and sum(times_s) < _ENOUGH_S):
-        times_s.append(wall_s(step))
-    return statistics.median(times_s)
