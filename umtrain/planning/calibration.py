@@ -198,7 +198,7 @@ class _Between:
     """Has networks train between other measurements, now and then."""
 
     def __init__(self, networks: list[TrainedNetwork]) -> None:
-        self._networks, self._next_s = networks, 0.0
+        self._networks, self._next_s = networks, time.monotonic() + _TRAINED_EVERY_S
 
     def train(self, *, at_once: bool = False) -> float:
         """Train if it is time to; returns the seconds that this took."""
