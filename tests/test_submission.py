@@ -183,7 +183,17 @@ def test_what_is_submitted_is_noted_before_it_is_told(tmp_path, once_submitted):
     assert _noted(tmp_path) == ["a"]
 
 
-def test_ctrl_c_while_jobs_are_submitted_waits_until_they_are_noted(tmp_path, once_submitted):
+@pytest.fixture
+def interrupts_count():
+    """Take interrupts as a shell's foreground job does: a background job is born ignoring them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_jobs_are_submitted_waits_until_they_are_noted(
+    tmp_path, once_submitted, interrupts_count
+):
     before = signal.getsignal(signal.SIGINT)
     once_submitted(lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
