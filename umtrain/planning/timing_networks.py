@@ -25,7 +25,7 @@ LAUNCHED_PX = 64
 # Pixels a side: maps that fit in a processor's cache, and maps that do not; on a GPU maps that take
 # longer to compute than to launch.
 COMPOSED_PX = {"cpu": (256, 768), "cuda": (4096,)}
-_LEAST_STEPS, _ENOUGH_S = 3, 0.3
+_MOST_STEPS, _ENOUGH_S = 3, 0.3  # each time
 _LEAST_LAUNCH_S = 1e-6
 
 
@@ -99,7 +99,7 @@ class TrainedNetwork:
 
 def _seconds_of_a_few(step: Callable[[], None]) -> list[float]:
     times_s: list[float] = []
-    while len(times_s) < _LEAST_STEPS and sum(times_s) < _ENOUGH_S:
+    while len(times_s) < _MOST_STEPS and sum(times_s) < _ENOUGH_S:
         times_s.append(wall_s(step))
     return times_s
 
