@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -282,17 +283,16 @@ def test_what_operations_cost_in_a_network_is_measured_on_small_maps_and_large(
     assert small.n_bytes < large.n_bytes
 
 
-def test_steps_of_networks_count_with_the_median_of_all_times_but_each_times_first(monkeypatch):
+def test_steps_of_networks_count_with_the_median_of_all_times_but_the_first_ones(monkeypatch):
     (network,) = trained(["fp32"], [8], CPU)
-    times_s = iter([0.25, 0.2, 0.1, 0.4, 0.15, 0.12, 0.1])
+    # Settling ends with two steps or half a second, counting with five or half a second.
+    each_time = [[0.2, 0.4], [0.3, 0.25], [9.0], [0.7], [0.3, 0.1], [0.15, *[0.05] * 4]]
+    times_s = iter(chain.from_iterable(each_time))
     monkeypatch.setattr(timing_networks, "wall_s", lambda step: next(times_s))
-    ran = []
-    network.step = lambda: ran.append(1)
     for _ in range(3):
-        network.train()  # until a third of a second is over, or three steps
-    assert len(ran) == 3
-    assert network.timed(load_profile("generic_cpu")).step_s == 0.15
+        network.train()
     assert list(times_s) == []
+    assert network.timed(load_profile("generic_cpu")).step_s == 0.1
 
 
 def test_without_memory_for_a_network_the_fix_is_named(profile):
@@ -336,8 +336,9 @@ def test_networks_that_were_trained_are_predicted_to_take_as_long_as_they_did(
 ):
     kernels = dataclasses.replace(profile, composition_samples=(), launch_s=0.0)
     small_s = seconds_of_training(kernels, dtype, 8) + launching_s
-    known = after_steps_of(monkeypatch, kernels, dtype, {8: small_s, 256: 7.0})
-    assert seconds_of_training(known, dtype, 256) == pytest.approx(7.0, rel=1e-6)
+    large_s = 1.5 * seconds_of_training(kernels, dtype, 256) + launching_s
+    known = after_steps_of(monkeypatch, kernels, dtype, {8: small_s, 256: large_s})
+    assert seconds_of_training(known, dtype, 256) == pytest.approx(large_s, rel=0.1)
     launched = dataclasses.replace(known, composition_samples=())
     assert seconds_of_training(launched, dtype, 8) == pytest.approx(small_s, rel=1e-6)
 

@@ -25,7 +25,9 @@ LAUNCHED_PX = 64
 # Pixels a side: maps that fit in a processor's cache, and maps that do not; on a GPU maps that take
 # longer to compute than to launch.
 COMPOSED_PX = {"cpu": (256, 768), "cuda": (4096,)}
-_MOST_STEPS, _ENOUGH_S = 3, 0.3  # each time
+# Each time: steps that are left out, others were here before or nobody; and steps that count.
+_SETTLING = (2, 0.5)  # at most so many, and no more once so many seconds are over
+_COUNTED = (5, 0.5)
 _LEAST_LAUNCH_S = 1e-6
 
 
@@ -71,13 +73,13 @@ class TrainedNetwork:
         self._times_s: list[float] = []
 
     def train(self) -> None:
-        """Take a few steps, and one before that is left out. Once memory ran out, do nothing."""
+        """Take some steps, of which the first are left out. Once memory ran out, do nothing."""
         if not self._fits:
             return
         self._fits = False
         with left_out_if_it_does_not_fit():
-            self.step()  # others were here, or nobody: pages and caches are not this network's
-            self._times_s += _seconds_of_a_few(self.step)
+            _seconds_of_steps(self.step, *_SETTLING)
+            self._times_s += _seconds_of_steps(self.step, *_COUNTED)
             self._fits = True
 
     def timed(self, profile: Profile) -> TimedStep | None:
@@ -97,9 +99,9 @@ class TrainedNetwork:
         )
 
 
-def _seconds_of_a_few(step: Callable[[], None]) -> list[float]:
+def _seconds_of_steps(step: Callable[[], None], most: int, enough_s: float) -> list[float]:
     times_s: list[float] = []
-    while len(times_s) < _MOST_STEPS and sum(times_s) < _ENOUGH_S:
+    while len(times_s) < most and sum(times_s) < enough_s:
         times_s.append(wall_s(step))
     return times_s
 
