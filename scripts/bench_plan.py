@@ -24,9 +24,14 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cells import write_document
+
+if TYPE_CHECKING:
+    from umtrain.plan_subject import Planned
 
 STRATEGIES = (
     "vanilla",
@@ -126,18 +131,27 @@ def figures_of(outcome: dict[str, object]) -> dict[str, object]:
 def predicted_figures(
     model: str, precision: str, res: int, strategy: str, arguments: argparse.Namespace
 ) -> dict[str, object]:
-    from umtrain.config import load_config
     from umtrain.memory.allocator import recycle_large_buffers
     from umtrain.memory.options import Options
-    from umtrain.plan_subject import make_planned
     from umtrain.planning.machine import free_profile
     from umtrain.planning.predict import predict
 
     recycle_large_buffers(arguments.device)
+    words = overrides_of(model, precision, res, arguments)
+    planned = planned_here(tuple(words), arguments.device)
     profile = free_profile(Options.parse(device=arguments.device))
-    config = load_config(overrides_of(model, precision, res, arguments))
-    planned = make_planned(config, profile)
     return dataclasses.asdict(predict(planned.subject, strategy, profile, planned.options))
+
+
+@lru_cache(maxsize=1)
+def planned_here(words: tuple[str, ...], device: str) -> "Planned":
+    """Return the step of a configuration on this machine; its trace serves every strategy."""
+    from umtrain.config import load_config
+    from umtrain.memory.options import Options
+    from umtrain.plan_subject import make_planned
+    from umtrain.planning.machine import free_profile
+
+    return make_planned(load_config(list(words)), free_profile(Options.parse(device=device)))
 
 
 def deviations(row: dict[str, object]) -> dict[str, float | None]:

@@ -33,18 +33,25 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 VARIANTS = {
-    "slides": ("dataset=wsi", "res=64", "epochs=2", "optim=sgd", "memory=vanilla"),
+    "slides": (
+        "dataset=wsi",
+        "model=resnet18",
+        "res=64",
+        "epochs=2",
+        "optim=sgd",
+        "memory=vanilla",
+    ),
     "slides_lms": (
-        *("dataset=wsi", "res=64", "epochs=2", "optim=adamw", "memory=lms", "cases=0"),
-        *("optim.accumulate=2", "optim.schedule=plateau", "memory.spill_dir=spill"),
+        *("dataset=wsi", "model=resnet18", "res=64", "epochs=2", "optim=adamw", "memory=lms"),
+        *("cases=0", "optim.accumulate=2", "optim.schedule=plateau", "memory.spill_dir=spill"),
     ),
     "slides_readers": (
-        *("dataset=wsi", "res=64", "epochs=2", "optim=sgd", "cases=0", "batch_size=2"),
-        *("dataset.workers=1", "memory=stream"),
+        *("dataset=wsi", "model=resnet18", "res=64", "epochs=2", "optim=sgd", "cases=0"),
+        *("batch_size=2", "dataset.workers=1", "memory=stream"),
     ),
     "patches": (
-        *("dataset=wsi", "approach=two_stage", "res=64", "epochs=2", "batch_size=4"),
-        *("dataset.patches_per_slide=4", "memory=vanilla", "optim=sgd"),
+        *("dataset=wsi", "model=resnet18", "approach=two_stage", "res=64", "epochs=2"),
+        *("batch_size=4", "dataset.patches_per_slide=4", "memory=vanilla", "optim=sgd"),
     ),
     "films": ("dataset=spine", "res=128", "epochs=2", "memory=um_group_prefetch"),
 }

@@ -15,7 +15,10 @@ from umtrain.tasks.slides import SlideTask
 from umtrain.training import Trainer
 
 CPU = torch.device("cpu")
-SMALL = ("res=64", "dataset.workers=0", "epochs=2", "batch_size=2", "device=cpu", "precision=fp32")
+SMALL = (
+    *("model=resnet18", "res=64", "dataset.workers=0", "epochs=2", "batch_size=2", "device=cpu"),
+    "precision=fp32",
+)
 
 
 class SignalAfter(RunLogger):

@@ -54,8 +54,8 @@ def test_a_missing_package_is_named_before_the_run_starts(monkeypatch):
 
 
 def test_a_run_shows_cases_of_each_validation_while_it_trains(slides, umtrain, tmp_path):
-    small = ("res=64", "epochs=2", "dataset.workers=0", "precision=fp32", "cases=0")
-    follow = (f"dataset.manifest={slides}", "run_dir=run", "logger=tensorboard")
+    small = ("model=resnet18", "res=64", "epochs=2", "dataset.workers=0", "precision=fp32")
+    follow = ("cases=0", f"dataset.manifest={slides}", "run_dir=run", "logger=tensorboard")
     done = umtrain("fit", *small, *follow, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     events = tags(tmp_path / "run" / logger.FOLDER)

@@ -34,8 +34,14 @@ def trainer(slides, tmp_path):
     def make(n_gone, batch_size, accumulate):
         config = load_config(
             [
-                *(f"dataset.manifest={slides}", "res=64", "precision=fp32", "device=cpu"),
-                *("memory=vanilla", "dataset.workers=0", "optim.class_weights=none", "seed=3"),
+                *(f"dataset.manifest={slides}", "model=resnet18", "res=64", "precision=fp32"),
+                *(
+                    "device=cpu",
+                    "memory=vanilla",
+                    "dataset.workers=0",
+                    "optim.class_weights=none",
+                    "seed=3",
+                ),
                 *(f"batch_size={batch_size}", f"optim.accumulate={accumulate}", "epochs=1"),
                 "dataset.max_bad_fraction=0.9",
             ]

@@ -39,6 +39,7 @@ GROUPS = ("dataset", "model", "memory", "optim")
 # What a folder of conf/ sets other keys for: the groups, and a root key that is chosen like one.
 _CHOSEN = (*GROUPS, "approach")
 _MODEL_TASKS = {
+    "resnet18": "wsi",
     "resnet50": "wsi",
     "resnet101": "wsi",
     "resunet35": "spine",

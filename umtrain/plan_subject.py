@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from umtrain import tasks
-from umtrain.config import RunConfig, load_config
+from umtrain.config import MOST_PIXELS, RunConfig, load_config
 from umtrain.console import Console
 from umtrain.data.frame import network_width_px
 from umtrain.data.manifest import Kind, Split, read_manifest
@@ -77,6 +77,12 @@ class Words:
         config = load_config([*self.overrides, *chosen, *more])
         if self.aspect is None:
             return config
+        if config.batch_size * config.res**2 * self.aspect > MOST_PIXELS:
+            raise ConfigError(
+                f"res={config.res} dataset.aspect={self.aspect:g} batch_size={config.batch_size}: "
+                f"a batch of more than {MOST_PIXELS} pixels is beyond every memory; choose smaller "
+                "ones"
+            )
         dataset = dataclasses.replace(config.dataset, aspect=self.aspect)
         return dataclasses.replace(config, dataset=dataset)
 

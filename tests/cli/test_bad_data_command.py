@@ -11,7 +11,10 @@ import sys
 import psutil
 import pytest
 
-SMALL = ("res=64", "precision=fp32", "dataset.workers=1", "cases=1", "memory=vanilla")
+SMALL = (
+    *("model=resnet18", "res=64", "precision=fp32", "dataset.workers=1", "cases=1"),
+    "memory=vanilla",
+)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from umtrain.checkpoint import load_checkpoint, step_path
 from umtrain.cli import main
 
 SMALL = (
-    *("fit", "res=64", "optim=sgd", "memory=vanilla", "precision=fp32", "dataset.workers=0"),
-    *("cases=0", "run_dir=run"),
+    *("fit", "model=resnet18", "res=64", "optim=sgd", "memory=vanilla", "precision=fp32"),
+    *("dataset.workers=0", "cases=0", "run_dir=run"),
 )
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1
 
@@ -194,7 +194,7 @@ from umtrain.cli import main
 words = sys.argv[1:]
 print("exit", main([*words, "run_dir=other", "memory=lms", "memory.spill_dir=spill"]), flush=True)
 print("exit", main(words), flush=True)
-subprocess.run(["mount", "-o", "remount,size=900m", "run"], check=True)
+subprocess.run(["mount", "-o", "remount,size=450m", "run"], check=True)
 print("exit", main(words))
 """
 
@@ -205,7 +205,7 @@ def small_disks(slides, tmp_path_factory, in_own_mounts):
     folder = tmp_path_factory.mktemp("disks")
     for name in ("run", "spill"):
         (folder / name).mkdir()
-    mounts = "mount -t tmpfs -o size=1m none spill && mount -t tmpfs -o size=300m none run"
+    mounts = "mount -t tmpfs -o size=1m none spill && mount -t tmpfs -o size=150m none run"
     words = (*SMALL, "epochs=2", f"dataset.manifest={slides}")
     return in_own_mounts(mounts, sys.executable, "-c", _SMALL_DISKS, *words, cwd=folder)
 

@@ -24,6 +24,7 @@ from umtrain.planning.predict import predict
 from umtrain.planning.profile import load_profile
 
 GPU = ("device=a100_80gb", "precision=bf16")
+SLIDES = (*GPU, "model=resnet18")
 TRIAL = ("dataset=spine", "dataset.aspect=0.5", "precision=fp32", "measure=true", "device=cpu")
 
 
@@ -42,7 +43,7 @@ def planned(tmp_path_factory):
         patch.setattr(subject, "trace_step", made.counted("traces", subject.trace_step))
         for memory in ("vanilla", "checkpoint"):
             words = (f"memory={memory}", "memory.device_budget=1GiB", f"out={folder / memory}")
-            assert limits([*GPU, *words], Console()) == 0
+            assert limits([*SLIDES, *words], Console()) == 0
     return folder, made
 
 
@@ -65,7 +66,7 @@ def test_the_limit_fits_and_the_next_size_does_not(planned):
     assert document["kind"] == "prediction"
     res = largest["vanilla"]
     profile = load_profile("a100_80gb")
-    words = split_words([*GPU, "memory.device_budget=1GiB"], "vanilla")
+    words = split_words([*SLIDES, "memory.device_budget=1GiB"], "vanilla")
     at = [words.planned(profile, f"res={size}") for size in (res, res + 32)]
     found = [predict(each.subject, "vanilla", profile, each.options) for each in at]
     assert [each.fits for each in found] == [True, False]

@@ -229,10 +229,14 @@ def test_wrong_words_are_refused(words, text):
     ("words", "text"),
     [
         (("device=k80",), "device=k80 is no device that can be planned for"),
+        (
+            ("res=100000", "dataset.aspect=5000"),
+            "dataset.aspect=5000 batch_size=1: a batch of more",
+        ),
         (("calibrate=true", "device=h200"), "calibrate=true measures this machine"),
     ],
 )
-def test_a_wrong_device_is_refused_before_anything_is_measured(umtrain, tmp_path, words, text):
+def test_wrong_values_are_refused_before_anything_is_measured(umtrain, tmp_path, words, text):
     env = {**os.environ, "UMTRAIN_CACHE": str(tmp_path / "cache")}
     done = umtrain("plan", *words, cwd=tmp_path, env=env)
     assert done.returncode == 2

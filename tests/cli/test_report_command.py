@@ -14,8 +14,8 @@ def folder(slides, umtrain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     data = shutil.copytree(slides.parent, folder / "data")
     done = umtrain(
-        *("fit", "res=64", "epochs=1", "max_steps=1", "precision=fp32", "dataset.workers=0"),
-        *(f"dataset.manifest={data / slides.name}", "run_dir=out/seed-0"),
+        *("fit", "model=resnet18", "res=64", "epochs=1", "max_steps=1", "precision=fp32"),
+        *("dataset.workers=0", f"dataset.manifest={data / slides.name}", "run_dir=out/seed-0"),
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr

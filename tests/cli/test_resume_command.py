@@ -19,8 +19,8 @@ from umtrain.sweep import plan_jobs
 
 KILL_TEST = Path(__file__).parents[2] / "scripts" / "kill_test.py"
 SMALL = (
-    *("fit", "res=64", "optim=sgd", "memory=vanilla", "precision=fp32", "device=cpu", "cases=0"),
-    *("dataset.workers=0", "run_dir=run"),
+    *("fit", "model=resnet18", "res=64", "optim=sgd", "memory=vanilla", "precision=fp32"),
+    *("device=cpu", "cases=0", "dataset.workers=0", "run_dir=run"),
 )
 
 
@@ -44,7 +44,7 @@ def interrupted(slides, tmp_path_factory):
     words = [
         *SMALL,
         "epochs=1000",
-        "max_steps=9",
+        "max_steps=17",
         "checkpoint_minutes=0",
         f"dataset.manifest={slides}",
     ]
@@ -110,10 +110,10 @@ def test_the_run_goes_on_by_its_name_alone(interrupted, umtrain):
     assert f"{newest.name}: damaged or not a checkpoint" in done.stdout
     assert "resume   after step" in done.stdout
     record = json.loads((folder / "run" / "metrics.json").read_text())
-    assert (record["status"], record["train"]["steps"]) == ("ok", 9)
+    assert (record["status"], record["train"]["steps"]) == ("ok", 17)
     assert len(record["train"]["resumed_after_steps"]) == 1
     lines = (folder / "run" / "steps.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["step", *map(str, range(1, 10))]
+    assert [line.split(",")[0] for line in lines] == ["step", *map(str, range(1, 18))]
 
 
 def test_a_sweep_goes_on_with_its_unfinished_jobs_and_not_with_others(slides, tmp_path):

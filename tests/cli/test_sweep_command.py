@@ -13,8 +13,8 @@ def swept(slides, umtrain, tmp_path_factory):
     """A sweep in which one job runs out of memory, and the arguments that ran it."""
     folder = tmp_path_factory.mktemp("sweep")
     arguments = (
-        *("sweep", "res=64,1024", "epochs=1", "max_steps=4", "precision=fp32"),
-        *("dataset.workers=0", "memory=vanilla", "memory.device_budget=600MiB"),
+        *("sweep", "model=resnet18", "res=64,1024", "epochs=1", "max_steps=4", "precision=fp32"),
+        *("dataset.workers=0", "memory=vanilla", "memory.device_budget=300MiB"),
         *(f"dataset.manifest={slides}", "run_dir='a sweep'"),
     )
     done = umtrain(*arguments, cwd=folder)
@@ -57,13 +57,9 @@ def test_a_rerun_keeps_finished_jobs(swept, umtrain):
 
 def test_jobs_that_a_cluster_runs_are_rows_of_the_same_table(slides, umtrain, tmp_path):
     done = umtrain(
-        *("sweep", "seed=0,1", "res=64", "epochs=1", "max_steps=1", "dataset.workers=0", "cases=0"),
-        *(
-            "launcher=slurm",
-            "launcher.cluster=local",
-            "launcher.ranks=1",
-            "launcher.gpus_per_node=0",
-        ),
+        *("sweep", "seed=0,1", "model=resnet18", "res=64", "epochs=1", "max_steps=1", "cases=0"),
+        *("launcher=slurm", "launcher.cluster=local", "launcher.ranks=1"),
+        *("launcher.gpus_per_node=0", "dataset.workers=0"),
         *(f"dataset.manifest={slides}", "memory=vanilla", "run_dir=out"),
         cwd=tmp_path,
     )

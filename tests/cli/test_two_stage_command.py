@@ -10,7 +10,7 @@ from PIL import Image
 
 SMALL = (
     *("approach=two_stage", "res=64", "dataset.patches_per_slide=4", "batch_size=8", "epochs=1"),
-    *("device=cpu", "precision=fp32"),
+    *("model=resnet18", "device=cpu", "precision=fp32"),
 )
 # Threads that wait for each other on a busy machine cost more than they bring to patches.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -21,6 +21,7 @@ class Outcome:
     losses: list[Tensor]
     gradients: list[Tensor]
     state: dict[str, Tensor]
+    swapped_out_bytes: int
 
     def assert_same_bits(self, other: "Outcome") -> None:
         assert len(self.losses) == len(other.losses)
@@ -76,7 +77,7 @@ def train() -> Callable[..., Outcome]:
         build: Callable[[], nn.Module],
         shape: tuple[int, ...],
         *,
-        n_steps: int = 5,
+        n_steps: int = 4,
         bf16: bool = False,
         dtype: torch.dtype = torch.float32,
         **options: object,
@@ -99,10 +100,11 @@ def train() -> Callable[..., Outcome]:
                     loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
+            swapped_out_bytes = strategy.stats().swapped_out_bytes
         finally:
             strategy.close()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        return Outcome(losses, gradients, model.state_dict())
+        return Outcome(losses, gradients, model.state_dict(), swapped_out_bytes)
 
     return run
 

@@ -11,7 +11,7 @@ from umtrain import models
 from umtrain.errors import ConfigError
 from umtrain.models.resunet35 import NearestUpsample
 
-NAMES = ("resnet50", "resnet101", "resunet35")
+NAMES = ("resnet18", "resnet50", "resnet101", "resunet35")
 GRAPH_LAYERS = (
     nn.Conv2d,
     nn.BatchNorm2d,
@@ -40,7 +40,7 @@ def create(name: str, **options: object) -> nn.Module:
 
 def test_unknown_model_lists_the_options() -> None:
     with pytest.raises(
-        ConfigError, match=r"model=resnet5 is unknown.*resnet50, resnet101, resnet18_3d"
+        ConfigError, match=r"model=resnet5 is unknown.*resnet18, resnet50, resnet101, resnet18_3d"
     ):
         create("resnet5")
 
@@ -82,6 +82,7 @@ def test_resunet_gives_a_heatmap_per_keypoint_at_half_resolution(
 @pytest.mark.parametrize(
     ("name", "norm"),
     [
+        ("resnet18", "batch"),
         ("resnet50", "batch"),
         ("resnet50", "frozen"),
         ("resnet50", "group"),

@@ -142,6 +142,12 @@ def test_weights_of_another_architecture_name_the_first_tensor_that_differs(tmp_
         create(path)
 
 
+def test_weights_of_a_deeper_network_of_the_kind_are_not_taken_in_part(tmp_path: Path) -> None:
+    path = saved(torchvision.models.resnet34().state_dict(), tmp_path)
+    with pytest.raises(ConfigError, match=r"has layer1\.2\.conv1\.weight, and layer1 of the model"):
+        models.create("resnet18", in_channels=3, n_outputs=2, pretrained=path)
+
+
 def test_frozen_norm_refuses_weights_without_running_statistics(tmp_path: Path) -> None:
     state = small_model().state_dict()
     del state["bn1.running_mean"]

@@ -336,23 +336,25 @@ def test_networks_that_were_trained_are_predicted_to_take_as_long_as_they_did(
 ):
     kernels = dataclasses.replace(profile, composition_samples=(), launch_s=0.0)
     small_s = seconds_of_training(kernels, dtype, 8) + launching_s
-    large_s = 1.5 * seconds_of_training(kernels, dtype, 256) + launching_s
-    known = after_steps_of(monkeypatch, kernels, dtype, {8: small_s, 256: large_s})
-    assert seconds_of_training(known, dtype, 256) == pytest.approx(large_s, rel=0.1)
+    large_s = {px: 1.5 * seconds_of_training(kernels, dtype, px) + launching_s for px in (64, 512)}
+    known = after_steps_of(monkeypatch, kernels, dtype, {8: small_s, **large_s})
+    for side_px, step_s in large_s.items():
+        assert seconds_of_training(known, dtype, side_px) == pytest.approx(step_s, rel=1e-6)
     launched = dataclasses.replace(known, composition_samples=())
     assert seconds_of_training(launched, dtype, 8) == pytest.approx(small_s, rel=1e-6)
 
 
 def a_step_of(step_s, kernels_s=1e-3):
-    return [TimedStep(100, 2**20, kernels_s=kernels_s, others_s=0.0, step_s=step_s)]
+    return [TimedStep(100, ((2**20, kernels_s),), others_s=0.0, step_s=step_s)]
 
 
 def test_a_gpu_that_waits_for_launches_says_nothing_about_kernels():
     gpu = load_profile("h200")
     launched = dataclasses.replace(gpu, launch_s=timing_networks.launch_s(a_step_of(3e-3), "cuda"))
     assert launched.launch_s == pytest.approx(3e-3 / 100)  # kernels run while others are launched
-    assert timing_networks.composition("bf16", a_step_of(5e-3), launched) is None
-    assert timing_networks.composition("bf16", a_step_of(7e-3), launched).ratio == pytest.approx(7)
+    steps = [a_step_of(5e-3), a_step_of(7e-3)]
+    (sample,) = timing_networks.compositions("bf16", steps, launched)
+    assert sample.ratio == pytest.approx(7)
 
 
 def test_a_gpu_that_computes_as_long_as_it_is_launched_says_nothing_about_launching():

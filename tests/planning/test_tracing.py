@@ -163,6 +163,10 @@ def test_checkpointing_saves_less_and_computes_more():
         sum(o.name == "convolution" for o in trace.operations) for trace in (ordinary, again)
     ]
     assert n_forward[1] == 2 * n_forward[0] - 1  # the stem is outside of blocks
+    names = [o.name for o in again.operations]
+    n_dtypes, n_blocks = 2, 16  # statistics and counters of a block are copied before each run
+    assert names.count("_foreach_copy_") == 2 * n_dtypes * n_blocks
+    assert "empty_like" not in names
     assert "forward" not in vars(model.layer1[0])
 
 

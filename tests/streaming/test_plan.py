@@ -9,9 +9,9 @@ from torch import nn
 
 from umtrain.errors import OutOfMemoryError
 from umtrain.streaming.module import program_of
-from umtrain.streaming.plan import NoPlanError, make_plan, place
+from umtrain.streaming.plan import NoPlanError, Residents, make_plan, place
 from umtrain.streaming.program import Program
-from umtrain.streaming.schedule import Buffer, Needs, groups_of
+from umtrain.streaming.schedule import Action, Buffer, Needs, Schedule, groups_of
 from umtrain.streaming.tracing import trace
 
 
@@ -50,6 +50,53 @@ def test_a_pause_is_the_longest_time_without_a_reader_and_ends_one_action_ahead(
     assert Buffer("map", 1, 3, 5, True, [3, 5]).pause == (3, 5)
     assert Buffer("map", 1, 3, 5, True, [3, 4, 5]).pause is None
     assert Buffer("gradient", 1, 3, 40, False, [3, 40]).pause is None
+
+
+N_ACTIONS = 24
+touched = st.lists(st.integers(0, N_ACTIONS - 1), min_size=1, max_size=4, unique=True).map(sorted)
+schedules = st.lists(st.tuples(st.integers(1, 5), touched, st.booleans()), max_size=12).map(
+    lambda rows: Schedule(
+        [Action("forward", 0)] * N_ACTIONS,
+        [Buffer("map", n, at[0], at[-1], content, at) for n, at, content in rows],
+    )
+)
+
+
+def on_the_device(buffer, stay):
+    if stay == "out":
+        return set()
+    held = set(range(buffer.first, buffer.last + 1))
+    before, after = buffer.pause if stay == "swapped" else (0, 0)
+    return held - set(range(before + 1, after))
+
+
+def alive(schedule, stays):
+    """The bytes on the device during each action, counted one by one."""
+    pairs = list(zip(schedule.buffers, stays, strict=True))
+    return [sum(b.n_bytes for b, s in pairs if i in on_the_device(b, s)) for i in range(N_ACTIONS)]
+
+
+def best_choice(schedule, stays, peak):
+    """What the rule says is to be put out at the peak, and how; None if nothing is left."""
+    choices = []
+    for i, (buffer, stay) in enumerate(zip(schedule.buffers, stays, strict=True)):
+        if peak not in on_the_device(buffer, stay):
+            continue
+        pauses = buffer.pause is not None and buffer.pause[0] < peak < buffer.pause[1]
+        traffic = 2.0 if pauses else float(len(buffer.touches))
+        choices.append((traffic, buffer.first - buffer.last, pauses, i))
+    return min(choices, default=None)
+
+
+@given(schedules, st.lists(st.integers(0, 40), min_size=1, max_size=3))
+def test_buffers_go_in_the_order_of_the_rule_until_what_is_left_fits(schedule, targets):
+    residents, expected = Residents(schedule), ["kept"] * len(schedule.buffers)
+    for target in sorted(targets, reverse=True):
+        residents.put_out(target)
+        while max(live := alive(schedule, expected)) > target:
+            *_, pauses, i = best_choice(schedule, expected, live.index(max(live)))
+            expected[i] = "swapped" if pauses else "out"
+        assert residents.stays == expected
 
 
 def test_maps_that_pause_are_swapped_before_others_are_read_strip_by_strip(resnet, needs):

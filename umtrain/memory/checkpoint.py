@@ -126,24 +126,41 @@ def _run_twice(
     return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts, **keywords)
 
 
+_Buffers = list[dict[str, torch.Tensor | None]]
+
+
 class _BuffersAsBefore(AbstractContextManager[None]):
     """Inside it, modules have copies of the buffers that they had when it was made."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._owners = [inner for module in modules for inner in module.modules()]
-        self._before = [
-            {name: None if b is None else b.clone() for name, b in owner._buffers.items()}
-            for owner in self._owners
-        ]
-        self._real: list[dict[str, torch.Tensor | None]] = []
+        self._before = _copied([owner._buffers for owner in self._owners])
+        self._real: _Buffers = []
 
     def __enter__(self) -> None:
         self._real = [dict(owner._buffers) for owner in self._owners]
-        for owner, before in zip(self._owners, self._before, strict=True):
-            owner._buffers.update(
-                {name: None if b is None else b.clone() for name, b in before.items()}
-            )
+        for owner, copies in zip(self._owners, _copied(self._before), strict=True):
+            owner._buffers.update(copies)
 
     def __exit__(self, *exception: object) -> None:
         for owner, real in zip(self._owners, self._real, strict=True):
             owner._buffers.update(real)
+
+
+def _copied(buffers: _Buffers) -> _Buffers:
+    """Return copies, all of a dtype made at once: a GPU waits for launches where blocks are small.
+
+    One by one they were a tenth of the time of a step of ResNet-50 at 512 pixels on an H200.
+    """
+    copies: _Buffers = [dict.fromkeys(each) for each in buffers]
+    by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for mine, each in zip(copies, buffers, strict=True):
+        for name, buffer in each.items():
+            if buffer is not None:
+                mine[name] = copy = torch.empty_like(buffer)
+                targets, sources = by_dtype.setdefault(buffer.dtype, ([], []))
+                targets.append(copy)
+                sources.append(buffer)
+    for targets, sources in by_dtype.values():
+        torch._foreach_copy_(targets, sources)
+    return copies

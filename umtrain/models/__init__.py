@@ -34,6 +34,7 @@ def _resunet35(in_channels: int, n_outputs: int, norm: NormLayer, pool: str | No
 
 
 _REGISTRY = {
+    "resnet18": _Entry(resnet.resnet18, resnet.HEAD, resnet.TOTAL_STRIDE),
     "resnet50": _Entry(resnet.resnet50, resnet.HEAD, resnet.TOTAL_STRIDE),
     "resnet101": _Entry(resnet.resnet101, resnet.HEAD, resnet.TOTAL_STRIDE),
     "resnet18_3d": _Entry(resnet3d.resnet18_3d, resnet3d.HEAD, resnet3d.TOTAL_STRIDE, n_dims=3),
@@ -53,7 +54,7 @@ def create(
 ) -> nn.Module:
     """Return the model `name`, in float32, on the CPU, in training mode.
 
-    `resnet50` and `resnet101` give (N, n_outputs) logits, and so do `resnet18_3d` and
+    `resnet18`, `resnet50` and `resnet101` give (N, n_outputs) logits, and so do `resnet18_3d` and
     `resnet101_3d`, of volumes (N, in_channels, D, H, W); `resunet35` gives (N, n_outputs, H/2,
     W/2) heatmaps. `norm` is "batch", "frozen" or "group" (see `umtrain.models.norm`), `pool` the
     global pooling of a classifier, "avg", "max" or "avgmax" (None: the model's own), `pretrained`

@@ -49,7 +49,8 @@ def load_pretrained(model: nn.Module, path: Path, head: str) -> PretrainedReport
     by its even share.
 
     Raises ConfigError if the file cannot be read, if nothing matches, if a tensor other than the
-    head has another shape, or if `model.norm=frozen` finds no running statistics in it.
+    head has another shape, if the file has more blocks in a stage than the model, or if
+    `model.norm=frozen` finds no running statistics in it.
     """
     found = _read(path)
     expected = model.state_dict()
@@ -65,6 +66,7 @@ def load_pretrained(model: nn.Module, path: Path, head: str) -> PretrainedReport
             f"expected keys such as {_listed(expected)}; found {_listed(found)}; "
             "choose the model that the file was made with"
         )
+    _check_no_further_blocks(model, found, path)
     _check_frozen_statistics(model, usable, path)
     model.load_state_dict(usable, strict=False)
     report = PretrainedReport(
@@ -134,6 +136,20 @@ def _adapted(tensor: Tensor, expected: Tensor, key: str, path: Path) -> Tensor:
         f"model.pretrained={path}: {key} has shape {tuple(tensor.shape)}, expected "
         f"{tuple(expected.shape)}; choose the model that the file was made with"
     )
+
+
+def _check_no_further_blocks(model: nn.Module, found: Iterable[str], path: Path) -> None:
+    """Refuse the weights of a deeper network of the kind, of which all that is here would fit."""
+    stages = {name: m for name, m in model.named_modules() if isinstance(m, nn.Sequential) and name}
+    for key in found:
+        for name, stage in stages.items():
+            inside = key.removeprefix(f"{name}.")
+            number = inside.partition(".")[0]
+            if inside != key and number.isdigit() and int(number) >= len(stage):
+                raise ConfigError(
+                    f"model.pretrained={path}: has {key}, and {name} of the model ends before it; "
+                    "choose the model that the file was made with"
+                )
 
 
 def _check_frozen_statistics(model: nn.Module, usable: Mapping[str, Tensor], path: Path) -> None:

@@ -1,10 +1,10 @@
-"""ResNet-50 and ResNet-101 for whole-image classification, from torchvision."""
+"""ResNet-18, ResNet-50 and ResNet-101 for whole-image classification, from torchvision."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from umtrain.errors import ConfigError
 from umtrain.models.norm import NormLayer
@@ -78,14 +78,21 @@ def resnet50(
 
     Raises ConfigError for an unknown `pool`.
     """
-    return _resnet((3, 4, 6, 3), in_channels, n_outputs, norm, pool)
+    return _resnet(Bottleneck, (3, 4, 6, 3), in_channels, n_outputs, norm, pool)
 
 
 def resnet101(
     in_channels: int, n_outputs: int, norm: NormLayer, pool: str | None = None
 ) -> nn.Module:
     """Return a ResNet-101; all else is as in `resnet50`."""
-    return _resnet((3, 4, 23, 3), in_channels, n_outputs, norm, pool)
+    return _resnet(Bottleneck, (3, 4, 23, 3), in_channels, n_outputs, norm, pool)
+
+
+def resnet18(
+    in_channels: int, n_outputs: int, norm: NormLayer, pool: str | None = None
+) -> nn.Module:
+    """Return a ResNet-18, of basic blocks; all else is as in `resnet50`."""
+    return _resnet(BasicBlock, (2, 2, 2, 2), in_channels, n_outputs, norm, pool)
 
 
 def split_classifier(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -103,10 +110,15 @@ def split_classifier(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def _resnet(
-    n_blocks: Sequence[int], in_channels: int, n_outputs: int, norm: NormLayer, pool: str | None
+    block: type[BasicBlock | Bottleneck],
+    n_blocks: Sequence[int],
+    in_channels: int,
+    n_outputs: int,
+    norm: NormLayer,
+    pool: str | None,
 ) -> nn.Module:
     model: nn.Module = ResNet(
-        Bottleneck,
+        block,
         list(n_blocks),
         num_classes=n_outputs,
         zero_init_residual=True,

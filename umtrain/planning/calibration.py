@@ -34,6 +34,7 @@ from umtrain.memory.allocator import (
     set_freed_buffers,
 )
 from umtrain.planning.profile import (
+    CompositionSample,
     ConvolutionSample,
     Migration,
     PassSample,
@@ -59,14 +60,14 @@ from umtrain.planning.timing_networks import (
     LAUNCHED_PX,
     TimedStep,
     TrainedNetwork,
-    composition,
+    compositions,
     launch_s,
     trained_networks,
 )
 from umtrain.planning.timing_swapping import link_of_gpu, spill_disk
 
 _GENERIC_CPU = "generic_cpu"
-_VERSION = 8  # raised where another figure is measured, or one in another way
+_VERSION = 9  # raised where another figure is measured, or one in another way
 # Seconds after which no further convolution of a precision is timed: one that the processor has
 # instructions for, and one that it imitates, tens of times slower.
 _CONVOLUTIONS_S = {True: 60.0, False: 10.0}
@@ -333,12 +334,11 @@ def _with_networks(kernels: Profile, networks: list[TrainedNetwork]) -> Profile:
     if launched_s is None:
         launched_s = nearest_gpu(kernels.title, kernels.device_bytes).launch_s
     profile = dataclasses.replace(kernels, launch_s=launched_s)
-    samples = [
-        composition(dtype, found, profile)
-        for (dtype, side_px), found in steps.items()
-        if side_px != LAUNCHED_PX
-    ]
-    return dataclasses.replace(profile, composition_samples=tuple(filter(None, samples)))
+    samples: list[CompositionSample] = []
+    for dtype in TORCH_DTYPES:
+        larger = [found for (of, px), found in steps.items() if of == dtype and px != LAUNCHED_PX]
+        samples += compositions(dtype, larger, profile)
+    return dataclasses.replace(profile, composition_samples=tuple(samples))
 
 
 def migration_of(kind: str, device_title: str, device_bytes: int) -> Migration:

@@ -4,7 +4,7 @@ A kernel takes as long as its arithmetic or its traffic, whichever is more; see 
 what launching it adds. The rate of arithmetic depends on the kind of convolution, its channels and
 its size: between the samples of a calibrated machine it is interpolated, elsewhere it is a share of
 the data sheet's. Where it was measured, the kernel's part is multiplied by how much longer it takes
-in a network.
+in a network; on a CPU the less, the larger its maps are.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from umtrain.planning.alike import unlikeness
-from umtrain.planning.profile import ConvolutionSample, PassSample, Profile
+from umtrain.planning.profile import CompositionSample, ConvolutionSample, PassSample, Profile
 from umtrain.planning.step import Convolution, Operation
 
 _PASS_OF = {
@@ -40,8 +40,9 @@ _PASS_OF = {
 _FEW_CHANNELS = 4
 _N_NEAREST = 4
 _NEAR = 0.05  # of a power of two: closer than this there is nothing to tell apart
-# Traffic of an operation that no processor's cache holds: alone it finds as little there as in a
-# network. On 16 cores steps took 1.4 times their kernels at 9 MB an operation, 1.0 at 60 to 80 MB.
+# Traffic of an operation beyond what a cache is taken to keep of it, so that it finds as little
+# there alone as in a network. On 16 cores a step took 1.4 times its kernels at 9 MB an operation
+# and 1.0 to 1.1 times at 60 to 80 MB.
 _BEYOND_CACHES_BYTES = 128 * 2**20
 
 
@@ -147,17 +148,23 @@ def _pass_s(kind: str, dtype: str, n_bytes: int, profile: Profile) -> float:
 def _composition(operation: Operation, profile: Profile) -> float:
     """Return how many times as long an operation takes in a network as alone, 1 if not known.
 
-    The optimizer's update finds nothing in the cache either way.
+    The optimizer's update finds nothing in the cache either way, and neither do maps that no
+    cache keeps.
     """
     if operation.phase == "optimizer":
         return 1.0
-    samples = profile.composition_samples
-    ratios = [(s.n_bytes, s.ratio) for s in samples if s.dtype == operation.dtype]
-    if not ratios:
-        return 1.0
-    if profile.kind == "cpu":
+    samples = [s for s in profile.composition_samples if s.dtype == operation.dtype]
+    n_bytes = operation.read_bytes + operation.written_bytes
+    return times_in_network(n_bytes, samples, profile.kind) if samples else 1.0
+
+
+def times_in_network(n_bytes: int, samples: Iterable[CompositionSample], device_kind: str) -> float:
+    """Return how many times as long a kernel with `n_bytes` of traffic takes as alone."""
+    ratios = [(s.n_bytes, s.ratio) for s in samples]
+    if device_kind == "cpu":
+        ratios = [each for each in ratios if each[0] < _BEYOND_CACHES_BYTES]
         ratios.append((_BEYOND_CACHES_BYTES, 1.0))
-    return _between(ratios, operation.read_bytes + operation.written_bytes)
+    return _between(ratios, n_bytes)
 
 
 def _sampled_bytes_per_s(n_bytes: int, samples: Sequence[PassSample]) -> float:

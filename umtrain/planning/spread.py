@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from umtrain.errors import ConfigError
 from umtrain.memory.options import Options
 from umtrain.planning.data_parallel import share_of_node
-from umtrain.planning.predict import predict
+from umtrain.planning.predict import estimate
 from umtrain.planning.profile import Profile
 from umtrain.planning.step import StepTrace
 from umtrain.planning.subject import Subject
@@ -67,7 +67,7 @@ def spread_rows(
 
 def _spread(band: Subject, n_devices: int, profile: Profile, options: Options) -> Spread:
     per_node = min(n_devices, profile.n_devices)
-    prediction = predict(band, "stream", *share_of_node(profile, options, per_node))
+    prediction = estimate(band, "stream", *share_of_node(profile, options, per_node))
     step = band.trace()
     exchanged = 0.0
     step_s = prediction.step_s

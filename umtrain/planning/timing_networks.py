@@ -8,8 +8,8 @@ between the kernels' runs: a machine that others use too is faster in one minute
 """
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from umtrain.planning.profile import CompositionSample, Profile
-from umtrain.planning.seconds import kernel_seconds
+from umtrain.planning.seconds import kernel_seconds, times_in_network
 from umtrain.planning.timing import TORCH_DTYPES, left_out_if_it_does_not_fit, wall_s
 from umtrain.planning.tracing import mean_square, trace_step
 
@@ -29,20 +29,26 @@ COMPOSED_PX = {"cpu": (256, 768), "cuda": (4096,)}
 _SETTLING = (2, 0.5)  # at most so many, and no more once so many seconds are over
 _COUNTED = (5, 0.5)
 _LEAST_LAUNCH_S = 1e-6
+_N_ROUNDS = 20  # after which only rounding is left
 
 
 @dataclass(frozen=True)
 class TimedStep:
     """A training step: its kernels one by one, and all together.
 
-    Those in the network's dtype stand apart from `others_s`: the update, and what is always fp32.
+    `kernels` are those in the network's dtype, each with what it reads and writes and its seconds;
+    `others_s` is the update, and what is always fp32.
     """
 
     n_operations: int
-    n_bytes: int  # read and written by all but the update
-    kernels_s: float
+    kernels: tuple[tuple[int, float], ...]
     others_s: float
     step_s: float
+
+    @property
+    def kernels_s(self) -> float:
+        """Return the seconds of the kernels one by one."""
+        return sum(seconds for _, seconds in self.kernels)
 
 
 class TrainedNetwork:
@@ -86,15 +92,16 @@ class TrainedNetwork:
         """Return a step, its kernels as `profile` has them alone; None if it did not fit."""
         if not self._times_s:
             return None
-        operations, dtype = self.trace.operations, self.dtype
-        computing = [each for each in operations if each.phase != "optimizer"]
-        all_s = sum(kernel_seconds(each, profile) for each in operations)
-        kernels_s = sum(kernel_seconds(each, profile) for each in computing if each.dtype == dtype)
+        seconds = [(each, kernel_seconds(each, profile)) for each in self.trace.operations]
+        kernels = tuple(
+            (each.read_bytes + each.written_bytes, each_s)
+            for each, each_s in seconds
+            if each.phase != "optimizer" and each.dtype == self.dtype
+        )
         return TimedStep(
-            n_operations=len(operations),
-            n_bytes=sum(each.read_bytes + each.written_bytes for each in computing),
-            kernels_s=kernels_s,
-            others_s=all_s - kernels_s,
+            n_operations=len(seconds),
+            kernels=kernels,
+            others_s=sum(s for _, s in seconds) - sum(s for _, s in kernels),
             step_s=statistics.median(self._times_s),
         )
 
@@ -137,19 +144,42 @@ def launch_s(steps: Sequence[TimedStep], device_kind: str) -> float | None:
     return max(_LEAST_LAUNCH_S, sum(beside_s) / sum(each.n_operations for each in steps))
 
 
-def composition(
-    dtype: str, steps: Sequence[TimedStep], profile: Profile
-) -> CompositionSample | None:
-    """Return how many times as long kernels take in `steps` as alone, launching left out.
+def compositions(
+    dtype: str, steps_of_a_size: Iterable[Sequence[TimedStep]], profile: Profile
+) -> list[CompositionSample]:
+    """Return how many times as long kernels take in a network as alone, launching left out.
 
-    None where launching may take as long as computing, or there is no step.
+    A sample a size, at the mean traffic of its kernels; with what is between samples (see
+    `seconds.times_in_network`) each size's steps take as long as they took. A size where launching
+    may take as long as computing is left out, and one without steps.
     """
+    measured = [_in_network(steps, profile) for steps in steps_of_a_size]
+    known = [(kernels, all_s) for kernels, all_s in measured if kernels and all_s > 0]
+    samples = [
+        CompositionSample(
+            dtype,
+            n_bytes=sum(n_bytes for n_bytes, _ in kernels) // len(kernels),
+            ratio=all_s / sum(seconds for _, seconds in kernels),
+        )
+        for kernels, all_s in known
+    ]
+    for _ in range(_N_ROUNDS):
+        for i, (kernels, all_s) in enumerate(known):
+            predicted_s = sum(
+                seconds * times_in_network(n_bytes, samples, profile.kind)
+                for n_bytes, seconds in kernels
+            )
+            samples[i] = replace(samples[i], ratio=samples[i].ratio * all_s / predicted_s)
+    return samples
+
+
+def _in_network(
+    steps: Sequence[TimedStep], profile: Profile
+) -> tuple[list[tuple[int, float]], float]:
+    """Return the kernels of `steps`, and the seconds that all of them took in the networks."""
     launching_s = {each: each.n_operations * profile.launch_s for each in steps}
     if profile.kind == "cuda":
         steps = [each for each in steps if each.step_s > 2 * launching_s[each]]
         launching_s = dict.fromkeys(steps, 0.0)
-    in_network_s = sum(each.step_s - each.others_s - launching_s[each] for each in steps)
-    if not steps or in_network_s <= 0:
-        return None
-    n_bytes = sum(each.n_bytes for each in steps) // sum(each.n_operations for each in steps)
-    return CompositionSample(dtype, n_bytes, in_network_s / sum(each.kernels_s for each in steps))
+    kernels = [kernel for each in steps for kernel in each.kernels]
+    return kernels, sum(each.step_s - each.others_s - launching_s[each] for each in steps)

@@ -32,6 +32,8 @@ Loss = Callable[[Any], Tensor]
 
 _next_node_number: Callable[[], int] = vars(torch.autograd)["_get_sequence_nr"]
 
+_aten = torch.ops.aten
+_ALLOCATES = {_aten.empty_like, _aten.new_empty, _aten.new_empty_strided}
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 # An update reads weight, gradient and its own state, and writes all but the gradient.
 ADAM_STATES = 2
@@ -198,7 +200,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             newest = _next_node_number() - 1
             self._layer_of_node.setdefault(newest, self._layer)
         result = func(*args, **(kwargs or {}))
-        reads, writes = _tensors((args, kwargs)), _tensors(result)
+        reads, writes = _tensors((args, kwargs)), _written(func, args, result)
         index = len(self._operations)
         if self._is_computed(func, reads, writes):
             self._operations.append(self._operation(func, args, kwargs or {}, result))
@@ -209,14 +211,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _is_computed(self, func: Any, reads: list[Tensor], writes: list[Tensor]) -> bool:
-        if not writes or func.is_view or not reads:
+        if not writes or func.is_view or not reads or func._overloadpacket in _ALLOCATES:
             return False
         known = {_identity(tensor) for tensor in reads}
         is_alias = all(_identity(tensor) in known for tensor in writes)
         return not is_alias or func._schema.is_mutable
 
     def _operation(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Operation:
-        reads, writes = _tensors((args, kwargs)), _tensors(result)
+        reads, writes = _tensors((args, kwargs)), _written(func, args, result)
         packet = func._overloadpacket
         count = flop_registry.get(packet)
         flops = float(count(*args, **kwargs, out_val=result)) if count is not None else 0.0
@@ -330,6 +332,15 @@ def _convolution(name: str, args: Any, result: Any) -> Convolution | None:
         groups=groups,
         output=(output.shape[0], *output.shape[2:]),
     )
+
+
+def _written(func: Any, args: Any, result: Any) -> list[Tensor]:
+    """Return what an operation gives back; of one that gives nothing, what it writes in place."""
+    given = _tensors(result)
+    if given:
+        return given
+    named = zip(args, func._schema.arguments, strict=False)
+    return _tensors([a for a, of in named if of.alias_info is not None and of.alias_info.is_write])
 
 
 def _identity(tensor: Tensor) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from umtrain.errors import OutOfMemoryError
 from umtrain.streaming.program import Program
 from umtrain.streaming.schedule import (
@@ -170,15 +172,13 @@ def _seconds(program: Program, plan: Plan, speeds: Speeds) -> float:
 
 def _fit(schedule: Schedule, budget_bytes: int | None, can_use_host: bool) -> Plan:
     """Put buffers out until the arena is within the budget, or nothing is left to put out."""
-    stays: list[Stay] = ["kept"] * len(schedule.buffers)
-    target_bytes = budget_bytes
+    if budget_bytes is None or not can_use_host:
+        return _placed(schedule, ["kept"] * len(schedule.buffers))
+    residents, target_bytes = Residents(schedule), budget_bytes
     while True:
-        if target_bytes is not None and can_use_host:
-            _put_out(schedule, stays, target_bytes)
-        plan = _placed(schedule, stays)
-        if budget_bytes is None or target_bytes is None or plan.arena_bytes <= budget_bytes:
-            return plan
-        if not can_use_host or target_bytes <= 0 or set(stays) == {"out"}:
+        residents.put_out(target_bytes)
+        plan = _placed(schedule, residents.stays)
+        if plan.arena_bytes <= budget_bytes or target_bytes <= 0 or set(plan.stays) == {"out"}:
             return plan
         target_bytes -= max(ALIGNMENT_BYTES, plan.arena_bytes - budget_bytes)
 
@@ -206,52 +206,59 @@ def _placed(schedule: Schedule, stays: list[Stay]) -> Plan:
     return plan
 
 
-def _put_out(schedule: Schedule, stays: list[Stay], target_bytes: int) -> None:
-    """Change stays until at no action more than `target_bytes` are alive on the device."""
-    live = schedule.live_bytes()
-    for buffer, stay in zip(schedule.buffers, stays, strict=True):
-        _free(live, buffer, "kept", stay)
-    while live and max(live) > target_bytes:
-        peak = live.index(max(live))
-        choices = [
-            (*choice, i)
-            for i, (buffer, stay) in enumerate(zip(schedule.buffers, stays, strict=True))
-            if (choice := _choice(buffer, stay, peak)) is not None
+class Residents:
+    """Who is on the device during which action, as one buffer after another is put out."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        buffers = schedule.buffers
+        pauses = [buffer.pause or (0, 0) for buffer in buffers]  # the latter has no inside
+        columns = [
+            (b.n_bytes, b.first, b.last, *pause, len(b.touches))
+            for b, pause in zip(buffers, pauses, strict=True)
         ]
-        if not choices:
-            return
-        _, _, stay, i = min(choices)
-        _free(live, schedule.buffers[i], stays[i], stay)
-        stays[i] = stay
+        table = np.array(columns, np.int64).reshape(len(buffers), 6).T
+        self._n_bytes, self._first, self._last, self._before, self._after, self._touches = table
+        self._live = np.array(schedule.live_bytes(), np.int64)
+        self._is_swapped, self._is_out = np.zeros((2, len(buffers)), bool)
 
+    @property
+    def stays(self) -> list[Stay]:
+        """Return the stay of each buffer."""
+        pairs = zip(self._is_out.tolist(), self._is_swapped.tolist(), strict=True)
+        return ["out" if out else "swapped" if swapped else "kept" for out, swapped in pairs]
 
-def _choice(buffer: Buffer, stay: Stay, peak: int) -> tuple[float, int, Stay] | None:
-    """Return how a buffer could be off the device at the peak: traffic per byte, -time, stay."""
-    if stay == "out" or not buffer.first <= peak <= buffer.last:
-        return None
-    pause = buffer.pause
-    in_pause = pause is not None and pause[0] < peak < pause[1]
-    length = buffer.last - buffer.first
-    if in_pause:
-        return None if stay == "swapped" else (_SWAP_TRAFFIC, -length, "swapped")
-    return (float(len(buffer.touches)), -length, "out")
+    def put_out(self, target_bytes: int) -> None:
+        """Change stays until at no action more than `target_bytes` are alive on the device.
 
+        At the fullest action goes what has the least traffic per byte, then the longest life;
+        then what goes for good before what comes back, then the first.
+        """
+        while self._live.size and self._live.max() > target_bytes:
+            peak = int(self._live.argmax())
+            in_pause = (self._before < peak) & (peak < self._after)
+            alive = (self._first <= peak) & (peak <= self._last) & ~self._is_out
+            [choices] = np.nonzero(alive & ~(in_pause & self._is_swapped))
+            if not choices.size:
+                return
+            swaps = in_pause[choices]
+            traffic = np.where(swaps, _SWAP_TRAFFIC, self._touches[choices])
+            life = self._last[choices] - self._first[choices]
+            best = np.lexsort((swaps, -life, traffic))[0]
+            self._change(int(choices[best]), to_swapped=bool(swaps[best]))
 
-def _free(live: list[int], buffer: Buffer, before: Stay, after: Stay) -> None:
-    """Subtract what a buffer leaves free where it changes from one stay to another."""
-    held_before, held_after = _held(buffer, before), _held(buffer, after)
-    for action in held_before - held_after:
-        live[action] -= buffer.n_bytes
-
-
-def _held(buffer: Buffer, stay: Stay) -> set[int]:
-    """Return the actions during which a buffer is on the device."""
-    if stay == "out":
-        return set()
-    actions = set(range(buffer.first, buffer.last + 1))
-    if stay == "swapped" and buffer.pause is not None:
-        actions -= set(range(buffer.pause[0] + 1, buffer.pause[1]))
-    return actions
+    def _change(self, i: int, *, to_swapped: bool) -> None:
+        first, last, before, after = (
+            int(column[i]) for column in (self._first, self._last, self._before, self._after)
+        )
+        if to_swapped:
+            freed = [(before + 1, after)]
+        elif self._is_swapped[i]:
+            freed = [(first, before + 1), (after, last + 1)]
+        else:
+            freed = [(first, last + 1)]
+        for start, stop in freed:
+            self._live[start:stop] -= self._n_bytes[i]
+        self._is_swapped[i], self._is_out[i] = to_swapped, not to_swapped
 
 
 def place(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
