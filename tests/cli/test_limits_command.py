@@ -152,15 +152,15 @@ def test_rows_are_spread_by_a_strategy_that_can():
 
 
 def test_with_measure_real_steps_decide(tmp_path, capsys):
-    words = ("memory=vanilla", "memory.device_budget=140MiB", f"out={tmp_path}")
-    assert limits([*TRIAL, *words], Console()) == 0
+    words = ("of=batch_size", "res=256", "memory=vanilla", "memory.device_budget=134MiB")
+    assert limits([*TRIAL, *words, f"out={tmp_path}"], Console()) == 0
     printed = capsys.readouterr().out
     document, largest = limits_of(tmp_path)
     assert document["kind"] == "measurement"
     assert document["device_name"] == device_name(torch.device("cpu"))
-    assert f"vanilla res={largest['vanilla']}: fits, a step" in printed
-    assert f"vanilla res={largest['vanilla'] + 64}: does not fit" in printed
-    assert "measured: largest res" in printed
+    assert f"vanilla batch_size={largest['vanilla']}: fits, a step" in printed
+    assert f"vanilla batch_size={largest['vanilla'] + 1}: does not fit" in printed
+    assert "measured: largest batch_size" in printed
 
 
 def test_what_does_not_fit_at_all_is_a_row_with_its_reason(tmp_path):
